@@ -1,0 +1,36 @@
+"""How a model computes: number format, layout and the back ends that suit a platform."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from readme_jax import config
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Settings that change how a result is computed, never what it is (beyond rounding)."""
+
+    dtype: Any = jnp.float32  # of activations and matmuls; parameters stay as stored
+    layout: config.Layout = "unrolled"
+    remat: bool = False
+    segments: Literal["blocks", "masked", "ragged"] = "blocks"
+    attention: Literal["blocks", "cudnn"] = "blocks"
+
+
+def runtime_for(model: config.Model, platform: str | None = None) -> Runtime:
+    """The back ends of a platform: static row blocks on CPU, ragged_dot on TPU, cuDNN attention on GPU in bf16."""
+    platform = platform or jax.default_backend()
+    segments: dict[str, Literal["blocks", "masked", "ragged"]] = {"cpu": "blocks", "tpu": "ragged", "gpu": "masked"}
+    cudnn = platform == "gpu" and model.compute_dtype == "bfloat16"
+    return Runtime(
+        dtype=jnp.dtype(model.compute_dtype),
+        layout=model.layout,
+        remat=model.remat,
+        segments=segments[platform],
+        attention="cudnn" if cudnn else "blocks",
+    )

@@ -1,0 +1,116 @@
+"""One mesh (data, fsdp, expert, tensor), one rules table, one `constrain`.
+
+Every parameter and activation names its axes logically; only this module knows where they lie on the devices. One
+device is a mesh of one: the same code runs everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from readme_jax import config
+from readme_jax.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# Logical axis -> mesh axes. Tokens are spread over `data` and `fsdp`; weights over `fsdp` on their model-width side
+# and over `tensor` on the other.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "ffn": ("tensor",),
+    "expert": ("expert",),
+    "vocab": ("tensor",),
+    "layers": (),
+}
+BATCH_AXES = RULES["batch"]
+
+# Tensors smaller than this may stay whole when a dimension does not divide; larger ones are an error.
+SMALL = 1 << 16
+
+
+def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of a config over `devices` (default: all). Raises ConfigError when sizes and devices do not match."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        shape = ", ".join(f"{a} {s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError(f"mesh ({shape}) does not match {len(devices)} devices: change the Mesh axes")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def partition_spec(*names: str | None) -> PartitionSpec:
+    """Mesh axes of logical axes, one name (or None) a dimension. Raises ConfigError on an unknown name."""
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ConfigError(f"unknown logical axis '{name}': one of {', '.join(RULES)}")
+    return PartitionSpec(*(RULES[n] or None if n is not None else None for n in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Lay an activation out by its logical axes. Raises ConfigError on an unknown axis or outside a mesh."""
+    spec = partition_spec(*names)
+    if len(names) != x.ndim:
+        raise ConfigError(f"{len(names)} axis names for an array of {x.ndim} dimensions")
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ConfigError("no mesh: run under jax.set_mesh(make_mesh(...))")
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def sharding_for(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> NamedSharding:
+    """Sharding of one tensor; a small tensor whose dimension does not divide stays whole along it.
+
+    Raises ConfigError, naming the tensor, when a large one does not divide.
+    """
+    spec: list[tuple[str, ...] | None] = []
+    for size, axes in zip(shape, (RULES[n] if n else () for n in names), strict=True):
+        ways = math.prod(mesh.shape[a] for a in axes)
+        if size % ways and math.prod(shape) >= SMALL:
+            raise ConfigError(f"{path} {shape}: {size} does not divide over {' x '.join(axes)} = {ways} devices")
+        spec.append(None if size % ways or not axes else axes)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def tree_shardings(boxed: Any, mesh: Any) -> Any:
+    """Shardings of a tree of abstract parameters boxed with their logical axes (`nn.with_logical_partitioning`)."""
+
+    def leaf(path: Any, x: Any) -> NamedSharding:
+        if not isinstance(x, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        return sharding_for(jax.tree_util.keystr(path), x.value.shape, x.names, mesh)
+
+    boxed_leaf: Callable[[Any], bool] = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=boxed_leaf)
+
+
+def replicated(mesh: Any) -> NamedSharding:
+    """The sharding of scalars and other small state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Any) -> NamedSharding:
+    """The sharding of a batch: rows over data and fsdp."""
+    return NamedSharding(mesh, partition_spec("batch"))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
+    """A host batch on the mesh, rows over data and fsdp. Raises ConfigError when the rows do not divide."""
+    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    rows = len(next(iter(batch.values())))
+    if rows % ways:
+        raise ConfigError(f"a batch of {rows} sequences does not divide over data x fsdp = {ways} devices")
+    return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}
