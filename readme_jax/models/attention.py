@@ -114,7 +114,9 @@ def empty_cache(layers: int, batch: int, kv_heads: int, head_dim: int, slots: in
     """A cache of `slots` tokens a row with nothing in it."""
     keys = tuple(jnp.zeros((batch, kv_heads, head_dim, slots), dtype) for _ in range(layers))
     values = tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers))
-    return Cache(keys, values, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
+    return Cache(
+        keys, values, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32)
+    )
 
 
 def token_positions(valid: jax.Array, start: jax.Array) -> jax.Array:
@@ -143,9 +145,7 @@ def mark(cache: Cache, positions: jax.Array) -> Cache:
     return replace(cache, slots=jax.lax.dynamic_update_slice(cache.slots, positions, (0, cache.index)))
 
 
-def advance(
-    cache: Cache, positions: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...]
-) -> Cache:
+def advance(cache: Cache, positions: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...]) -> Cache:
     """The marked cache once every layer has written the tokens at `positions` [B, T]."""
     following = jnp.maximum(cache.positions, positions.max(axis=1) + 1)
     return Cache(keys, values, cache.slots, following, cache.index + positions.shape[1])
