@@ -1,0 +1,1 @@
+"""tensorflow-datasets builder for one domain of a text folder."""
