@@ -14,7 +14,8 @@ FALLBACK := $(if $(filter file default,$(origin PYTHON)),python3.12 python3)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/stamp-run
-	$(BIN)/python train.py --gin_file=configs/recipes/demo.gin
+	$(BIN)/readme-jax refactor --gin_file configs/recipes/demo.gin --compare \
+		--prompt "What is the capital of France?"
 
 test: $(VENV)/stamp-test
 	$(BIN)/python -m pytest $(TESTS)

@@ -86,12 +86,19 @@ def resolved(run: config.Run) -> str:
 
 
 def from_json(text: str) -> config.Run:
-    """The inverse of `resolved`. Raises ConfigError on an unknown field or a bad value."""
+    """The inverse of `resolved`. Raises ConfigError on text that is no JSON, an unknown field or a bad value."""
     try:
-        values = json.loads(text)
-        sections = {name: c(**values.pop(name)) for name, c in SECTIONS.items()}
-        return config.Run(**values, **sections)
-    except (ValueError, TypeError, KeyError) as e:
+        return from_dict(json.loads(text))
+    except ValueError as e:
+        raise ConfigError(f"not the resolved config of a run: {e}") from None
+
+
+def from_dict(values: dict[str, Any]) -> config.Run:
+    """The inverse of `config.to_dict`. Raises ConfigError on an unknown field or a bad value."""
+    rest = {name: value for name, value in values.items() if name not in SECTIONS}
+    try:
+        return config.Run(**rest, **{name: c(**values[name]) for name, c in SECTIONS.items()})
+    except (TypeError, KeyError) as e:
         raise ConfigError(f"not the resolved config of a run: {e}") from None
 
 

@@ -1,1 +1,1 @@
-
+"""Perplexity by domain and by expert, and how experts are used."""

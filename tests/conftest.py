@@ -1,0 +1,67 @@
+"""Tiny models for tests of generation, evaluation and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from readme_jax.checkpoints.hf import Dense
+from readme_jax.checkpoints.mixture import Mixture
+from readme_jax.config import ModelConfig, RouterConfig
+from readme_jax.models.weights import Weight, block_table, outer_table, router_table
+from readme_jax.refactor.slice import lay_out, slice_layer
+
+TINY = ModelConfig(
+    vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_position=512
+)
+TINY_EXPERTS = 3
+# name -> (permanent part, tied, experts a token)
+MIXTURES = {
+    "top1": (True, False, 1),
+    "top2": (True, False, 2),
+    "tied": (True, True, 1),
+    "own_rows": (False, False, 1),
+}
+
+
+def random_tree(table: Any, rng: np.random.Generator) -> Any:
+    """Weights of a table, large enough that attention, experts and routes matter to the result."""
+    if isinstance(table, Weight):
+        return jnp.asarray(rng.normal(table.start == "ones", 0.3, table.shape), jnp.float32)
+    return {name: random_tree(entry, rng) for name, entry in table.items()}
+
+
+@pytest.fixture
+def quickly_compiled() -> Iterator[None]:
+    """Compile in half the time, to slower code: for tests of many small programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """Random models by kind: `dense`, or one of MIXTURES, sliced from that dense model by random masks."""
+
+    def build(kind: str, tokenizer: Any = None) -> Any:
+        rng = np.random.default_rng(0)
+        layers = {f"layers_{i}": block_table(TINY, None, stack=False) for i in range(TINY.num_layers)}
+        params = random_tree({**outer_table(TINY), **layers}, rng)
+        if kind == "dense":
+            return Dense(TINY, params, tokenizer)
+        permanent, tied, top_k = MIXTURES[kind]
+        scores = rng.random((TINY.num_layers, TINY_EXPERTS, TINY.ffn_dim)) + 0.4 * rng.random((TINY.ffn_dim,))
+        masks = np.argsort(np.argsort(-scores, axis=-1), axis=-1) < TINY.ffn_dim // 2
+        mixture, channels = lay_out(masks, permanent, tied, top_k, align=1)
+        cut = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in params.items()}
+        shape = RouterConfig(TINY.vocab_size, TINY_EXPERTS, dim=16, num_heads=2, head_dim=8, mlp_dim=16)
+        router = random_tree(router_table(shape), rng)
+        about = {"facts": {"experts": [f"domain_{e}" for e in range(TINY_EXPERTS)]}}
+        return Mixture(TINY, mixture, cut, channels, shape, router, tokenizer, about)
+
+    return build
