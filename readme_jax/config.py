@@ -176,8 +176,7 @@ class Slice(Validated):
     permanent: bool = True  # channels that every domain keeps become one shared part
     tied: bool = False
     refit: Refit = "none"
-    ridge: float = 3e-3  # times the mean diagonal of sum a a^T
-    share: float = 0.0  # weight of the other domains' text in an expert's selection and refit
+    ridge: float = 1e-3  # times the mean diagonal of sum a a^T
     calibration_tokens: int = 65536  # a domain
     calibration_batch: int = 4  # sequences a step
     align: int = 1  # pad widths to a multiple; 128 on TPU and GPU
@@ -186,7 +185,6 @@ class Slice(Validated):
     def check(self) -> None:
         self.require(0.0 < self.width <= 1.0, "width", "in (0, 1]")
         self.positive("ridge", "calibration_tokens", "calibration_batch", "align", "top_k")
-        self.require(0.0 <= self.share <= 1.0, "share", "in [0, 1]")
         self.require(not (self.tied and self.refit != "none"), "refit", "'none' when experts are tied to one FFN")
 
 

@@ -128,7 +128,7 @@ class _Layerwise:
         masks, downs = [], []
         for layer in range(self.model.num_layers):
             p = params[f"layers_{layer}"]
-            moments = select.shared([self._observe(p, group) for group in self.groups], self.settings.share)
+            moments = [self._observe(p, group) for group in self.groups]
             mask = np.stack([self._select(m, p) for m in moments])
             shared = mask.all(axis=0) if self.permanent else np.zeros(self.model.ffn_dim, bool)
             masks.append(mask)
@@ -164,11 +164,11 @@ class _Layerwise:
     def _refit(
         self, p: Params, moments: list[select.Moments], mask: np.ndarray, shared: np.ndarray
     ) -> dict[str, np.ndarray]:
-        common, owns = refit.refit_jointly(moments, mask, shared, self.settings.ridge)
-        for group, own in zip(self.groups, owns, strict=True):
-            down = own if common is None else own + common
+        common, owns = refit.refit_jointly(moments, mask, shared, jnp.asarray(p["ffn"]["down"]), self.settings.ridge)
+        for group, own, keep in zip(self.groups, owns, mask, strict=True):
+            down, kept = own if common is None else own + common, np.flatnonzero(keep)
             for domain in group if self.sequential else ():
                 for i, stream in enumerate(self.sliced[domain]):
-                    self.sliced[domain][i] = refit.advance(p, down, stream, self.model, self.runtime)
+                    self.sliced[domain][i] = refit.advance(p, kept, down, stream, self.model, self.runtime)
         parts = {f"experts_{e}": np.asarray(own)[:, mask[e] & ~shared] for e, own in enumerate(owns)}
         return parts if common is None else parts | {"permanent": np.asarray(common)[:, shared]}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax.config import ModelConfig
+from readme_jax.models.experts import gather_rows
 from readme_jax.models.feed_forward import activations, feed_forward, linear
 from readme_jax.models.llama import attend, prepare, rms_norm
 from readme_jax.models.runtime import Runtime
@@ -24,6 +25,7 @@ from readme_jax.refactor.calibrate import cast
 from readme_jax.refactor.select import Moments, ridged
 
 Params = Mapping[str, Any]
+GRAM_BLOCKS = 4  # a side: 10 of 16 blocks are computed
 EXACT = jax.lax.Precision.HIGHEST  # moments and solves in full float32 on every platform
 
 
@@ -31,6 +33,19 @@ def no_moments(config: ModelConfig) -> Moments:
     """Moments of no tokens."""
     f, d = config.ffn_dim, config.embed_dim
     return Moments(jnp.zeros(f), jnp.zeros((f, f)), jnp.zeros((d, f)))
+
+
+def gram(a: jax.Array) -> jax.Array:
+    """a^T a [F, F] of a [N, F]: blocks on and below the diagonal, then mirrored."""
+    size = a.shape[1]
+    step = -(-size // GRAM_BLOCKS)
+    rows = []
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        row = jnp.einsum("nf,ng->fg", a[:, start:stop], a[:, :stop], precision=EXACT)
+        rows.append(jnp.pad(row, ((0, 0), (0, size - stop))))
+    lower, block = jnp.concatenate(rows), jnp.arange(size) // step
+    return jnp.where(block[:, None] >= block[None, :], lower, lower.T)
 
 
 @partial(jax.jit, static_argnames=("config", "runtime", "sequential"), donate_argnums=(0, 2, 3))
@@ -66,18 +81,20 @@ def observe(
     a, wanted = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (a, wanted))
     added = Moments(
         jnp.abs(a).sum(0),
-        jnp.einsum("nf,ng->fg", a, a, precision=EXACT),
+        gram(a),
         jnp.einsum("nd,nf->df", wanted, a, precision=EXACT),
     )
     return jax.tree.map(jnp.add, moments, added), after, sliced
 
 
-@partial(jax.jit, static_argnames=("config", "runtime"), donate_argnums=(2,))
-def advance(p: Params, down: jax.Array, sliced: jax.Array, config: ModelConfig, runtime: Runtime) -> jax.Array:
-    """The sliced stream [B, T, D] after attention, plus what the cut layer writes: W_down [D, F], zero where cut."""
-    p = cast(p, runtime)
-    y = rms_norm(sliced, p["ffn_norm"], config.norm_eps)
-    return sliced + feed_forward(p["ffn"] | {"down": down.astype(runtime.dtype)}, y)
+@partial(jax.jit, static_argnames=("config", "runtime"), donate_argnums=(3,))
+def advance(
+    p: Params, kept: jax.Array, down: jax.Array, sliced: jax.Array, config: ModelConfig, runtime: Runtime
+) -> jax.Array:
+    """The sliced stream [B, T, D] after attention, plus what the channels `kept` [d] write through W_down [D, F]."""
+    part = cast(gather_rows({**p["ffn"], "down": down}, kept), runtime)
+    y = rms_norm(sliced, p["ffn_norm"].astype(runtime.dtype), config.norm_eps)
+    return sliced + feed_forward(part, y)
 
 
 @jax.jit
@@ -122,16 +139,28 @@ def _solve_own(moments: Moments, own: jax.Array, shared_down: jax.Array, ridge: 
     return refit_down(rest, own, ridge)
 
 
-def refit_jointly(moments: list[Moments], masks: np.ndarray, shared: np.ndarray, ridge: float) -> tuple[Any, list[Any]]:
+@jax.jit
+def _less_prior(moments: Moments, prior: jax.Array) -> Moments:
+    """Moments whose wanted output is what `prior` [D, F] leaves to be written."""
+    return moments._replace(cross=moments.cross - jnp.matmul(prior, moments.gram, precision=EXACT))
+
+
+def refit_jointly(
+    moments: list[Moments], masks: np.ndarray, shared: np.ndarray, down: jax.Array, ridge: float
+) -> tuple[Any, list[Any]]:
     """W_down of a permanent part shared by E experts, and of each expert's own channels, jointly of least error.
 
-    masks [E, F] are all kept channels, shared [F] the permanent ones. Returns [D, F] and E times [D, F]. Without
-    permanent channels this is one independent ridge regression an expert.
+    masks [E, F] are all kept channels, shared [F] the permanent ones. The ridge draws towards the dense W_down `down`
+    [D, F], not to zero. Returns [D, F] and E times [D, F]. Without permanent channels this is one independent ridge
+    regression an expert.
     """
-    own = masks & ~shared
+    own = [jnp.asarray(m & ~shared) for m in masks]
+    change = [_less_prior(m, down * jnp.asarray(mask)) for m, mask in zip(moments, masks, strict=True)]
     if not shared.any():
-        return None, [refit_down(m, jnp.asarray(o), ridge) for m, o in zip(moments, own, strict=True)]
-    pairs = [_eliminate(m, jnp.asarray(o), jnp.asarray(shared), ridge) for m, o in zip(moments, own, strict=True)]
+        return None, [down * o + refit_down(m, o, ridge) for m, o in zip(change, own, strict=True)]
+    both = jnp.asarray(shared)
+    pairs = [_eliminate(m, o, both, ridge) for m, o in zip(change, own, strict=True)]
     left, right = (sum(parts[1:], start=parts[0]) for parts in zip(*pairs, strict=True))
-    down = _solve_shared(left, right, jnp.asarray(shared))
-    return down, [_solve_own(m, jnp.asarray(o), down, ridge) for m, o in zip(moments, own, strict=True)]
+    common = _solve_shared(left, right, both)
+    owns = [down * o + _solve_own(m, o, common, ridge) for m, o in zip(change, own, strict=True)]
+    return down * both + common, owns

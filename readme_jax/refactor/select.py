@@ -26,14 +26,6 @@ class Moments(NamedTuple):
     cross: jax.Array
 
 
-def shared(moments: list[Moments], share: float) -> list[Moments]:
-    """Each expert's moments plus `share` times those of all others: text of other domains steadies small samples."""
-    if share == 0 or len(moments) == 1:
-        return moments
-    total = jax.tree.map(lambda *parts: share * sum(parts[1:], start=parts[0]), *moments)
-    return [jax.tree.map(lambda own, all_: (1 - share) * own + all_, m, total) for m in moments]
-
-
 def top_channels(scores: np.ndarray, width: int) -> np.ndarray:
     """Mask [F] of exactly the `width` highest scores; ties go to the lower index. (The release kept one too few.)"""
     order = np.argsort(-np.asarray(scores, np.float64), kind="stable")

@@ -132,8 +132,10 @@ def test_joint_refit_is_the_minimum_over_shared_and_own_parts():
     rng = np.random.default_rng(9)
     shared = np.arange(40) < 8
     masks = np.stack([shared | ((rng.random(40) < 0.4) & ~shared) for _ in sets])
-    common, owns = refit.refit_jointly([m for *_, m in sets], masks, shared, 1e-2)
-    # The same problem as one dense ridge regression in float64: block columns for the shared and each own part.
+    prior = rng.normal(size=(16, 40))
+    common, owns = refit.refit_jointly([m for *_, m in sets], masks, shared, jnp.asarray(prior, jnp.float32), 1e-2)
+    # The same problem as one dense ridge regression in float64: block columns for the shared and each own part. The
+    # ridge draws to the prior: solve for the change from it.
     rows, targets, penalties = [], [], []
     widths = [int((m & ~shared).sum()) for m in masks]
     for e, (a, t, _) in enumerate(sets):
@@ -141,19 +143,19 @@ def test_joint_refit_is_the_minimum_over_shared_and_own_parts():
         block[:, :8] = a[:, shared]
         block[:, 8 + sum(widths[:e]) : 8 + sum(widths[: e + 1])] = a[:, masks[e] & ~shared]
         rows.append(block)
-        targets.append(t)
+        targets.append(t - a[:, masks[e]] @ prior.T[masks[e]])
         penalties.append(1e-2 * (a * a).sum(0).mean())
     x, y = np.concatenate(rows), np.concatenate(targets)
     diagonal = np.concatenate(
         [np.full(8, sum(penalties)), *(np.full(w, p) for w, p in zip(widths, penalties, strict=True))]
     )
     w = np.linalg.solve(x.T @ x + np.diag(diagonal), x.T @ y).T
-    np.testing.assert_allclose(np.asarray(common)[:, shared], w[:, :8], rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(np.asarray(common)[:, shared], w[:, :8] + prior[:, shared], rtol=5e-3, atol=5e-3)
     for e in range(3):
         first = 8 + sum(widths[:e])
-        np.testing.assert_allclose(
-            np.asarray(owns[e])[:, masks[e] & ~shared], w[:, first : first + widths[e]], rtol=5e-3, atol=5e-3
-        )
+        mine = masks[e] & ~shared
+        wanted = w[:, first : first + widths[e]] + prior[:, mine]
+        np.testing.assert_allclose(np.asarray(owns[e])[:, mine], wanted, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
