@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
+from readme_jax.checkpoints.tokenizer import Tokenizer
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.models.weights import Weight, block_table, outer_table, router_table
 from readme_jax.refactor.slice import lay_out, slice_layer
 
 TINY = ModelConfig(
-    vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_position=512
+    vocab_size=260, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_position=512
 )
 TINY_EXPERTS = 3
 # name -> (permanent part, tied, experts a token)
@@ -27,6 +29,17 @@ MIXTURES = {
     "tied": (True, True, 1),
     "own_rows": (False, False, 1),
 }
+
+
+def byte_tokenizer() -> Tokenizer:
+    """UTF-8 bytes as ids 0 to 255, an end-of-text token, and a chat template."""
+    alphabet = {char: i for i, char in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    return Tokenizer(backend, eos_ids=[backend.token_to_id("<|end|>")], chat_template=template)
 
 
 def random_tree(table: Any, rng: np.random.Generator) -> Any:
@@ -45,10 +58,10 @@ def quickly_compiled() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., Any]:
+def tiny_model() -> Callable[..., Dense | Mixture]:
     """Random models by kind: `dense`, or one of MIXTURES, sliced from that dense model by random masks."""
 
-    def build(kind: str, tokenizer: Any = None) -> Any:
+    def build(kind: str, tokenizer: Tokenizer | None = None) -> Dense | Mixture:
         rng = np.random.default_rng(0)
         layers = {f"layers_{i}": block_table(TINY, None, stack=False) for i in range(TINY.num_layers)}
         params = random_tree({**outer_table(TINY), **layers}, rng)
@@ -65,3 +78,8 @@ def tiny_model() -> Callable[..., Any]:
         return Mixture(TINY, mixture, cut, channels, shape, router, tokenizer, about)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    return byte_tokenizer()
