@@ -1,1 +1,1 @@
-
+"""Models in and out: Hugging Face folders, GGUF files, mixtures, and the checkpoints of a run."""
