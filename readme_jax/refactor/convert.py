@@ -149,7 +149,7 @@ class _Layerwise:
                 )
                 if self.sequential:
                     self.sliced[domain][i] = after
-                self.tick(dense.shape[0] * dense.shape[1])
+                self.tick(dense.shape[0] * dense.shape[1] // self.model.num_layers)
         return moments
 
     def _select(self, moments: select.Moments, p: Params) -> np.ndarray:
