@@ -1,18 +1,19 @@
 """The best learning rate of each arm of Table 5, at its number of tuning tokens: every arm is given its own.
 
 Each arm is sliced and its router trained once; every rate then starts from there. A rate at the end of an arm's range
-is followed by the next beyond it, so that no arm's best is at an end.
+is followed by the next beyond it, so that no arm's best is at an end. Arms that `--output` holds are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-from _arms import ARMS, CORPUS, LEARNING_RATES, arm_run
+from _arms import CORPUS, LEARNING_RATES, arm_run
 from _report import write_results
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from rich.table import Table
 from readme_jax import runner
 from readme_jax.checkpoints.store import Store
 from readme_jax.evaluation.perplexity import Evaluator, geometric_mean, perplexities
+from readme_jax.files import write_text
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.tuning.journal import Journal
 from readme_jax.tuning.rounds import Parts, Progress, Tuner
@@ -46,8 +48,11 @@ def tuned(s: runner.Setting, parts: Parts, start: Progress, lr: float, router_st
 
 
 def search(arm: str, data: str, output: Path, params: list[str]) -> list[dict[str, Any]]:
-    """Rows {arm, lr, tokens, geo_mean} of one arm."""
+    """Rows {arm, lr, tokens, geo_mean} of one arm, kept in its folder."""
     run = arm_run(arm, data, output, params)
+    kept = Path(run.output) / "rows.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     mesh = make_mesh(run.mesh)
     rows: dict[float, float] = {}
     with jax.set_mesh(mesh):
@@ -71,17 +76,23 @@ def search(arm: str, data: str, output: Path, params: list[str]) -> list[dict[st
         while (best := min(rows, key=rows.__getitem__)) in (min(rows), max(rows)):
             measure(best / 2 if best == min(rows) else best * 2)
     tokens = run.expert_stage.steps * run.expert_stage.batch * run.data.sequence_length
-    return [{"arm": arm, "lr": lr, "tokens": tokens, "geo_mean": value} for lr, value in sorted(rows.items())]
+    found = [{"arm": arm, "lr": lr, "tokens": tokens, "geo_mean": value} for lr, value in sorted(rows.items())]
+    write_text(kept, json.dumps(found))
+    return found
 
 
 def main() -> None:
-    """Search all arms (or those named) and write results/lr_search.json."""
+    """Search all arms and write results/lr_search.json; with --arm search that one alone and write nothing there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--output", type=Path, default=Path("runs/lr_search"))
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all arms")
+    parser.add_argument("--arm", choices=LEARNING_RATES, help="search one arm")
     args = parser.parse_args()
-    rows = [row for arm in ARMS if arm in LEARNING_RATES for row in search(arm, args.data, args.output, args.gin_param)]
+    arms = [args.arm] if args.arm else list(LEARNING_RATES)
+    rows = [row for arm in arms for row in search(arm, args.data, args.output, args.gin_param)]
+    if args.arm:
+        return
     table = Table("arm", "lr", "tokens", "geo mean", title="Learning rate of each arm")
     for row in rows:
         table.add_row(row["arm"], f"{row['lr']:g}", f"{row['tokens']:,}", f"{row['geo_mean']:.3f}")

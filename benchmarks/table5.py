@@ -7,6 +7,7 @@ newest checkpoint. At its full size it takes less than four hours on two cores; 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,21 @@ from _report import write_results
 from rich.console import Console
 from rich.table import Table
 
+from readme_jax.cli.settings import resolved
+from readme_jax.config import Run
 from readme_jax.runner import execute
 
 COLUMNS = ("dense", "sliced", "tuned", "paper", "dense_slice", "dense_slice_refit")
 LABELS = ("dense, untuned", "best, untuned", "best, tuned", "paper's recipe", "dense slice", "dense slice, refit")
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """The run's summary: what it left when it is finished, or else of running it (on)."""
+    folder = Path(run.output)
+    done = [folder / name for name in ("config.json", "summary.json")]
+    if all(path.exists() for path in done) and json.loads(done[0].read_text()) == json.loads(resolved(run)):
+        return json.loads(done[1].read_text())
+    return execute(run)
 
 
 def row(summaries: dict[str, dict[str, Any]], pick: Any) -> dict[str, float]:
@@ -67,12 +79,15 @@ def main() -> None:
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--output", type=Path, default=Path("runs/table5"))
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all arms")
+    parser.add_argument("--arm", choices=ARMS, help="run one arm and write no results")
     args = parser.parse_args()
     summaries, rates = {}, {}
-    for arm in ARMS:
+    for arm in [args.arm] if args.arm else ARMS:
         run = arm_run(arm, args.data, args.output, args.gin_param, searched_rate(arm))
         rates[arm] = run.expert_stage.lr
-        summaries[arm] = execute(run)
+        summaries[arm] = summary_of(run)
+    if args.arm:
+        return
     geo_mean = row(summaries, lambda s: s["geo_mean"])
     domains = {d: row(summaries, lambda s, d=d: s["domains"][d]) for d in summaries["best"]["domains"]}
     show(geo_mean, domains)

@@ -1,0 +1,58 @@
+"""What every benchmark writes: results/NAME.json with the command, the commit, the machine and its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from readme_jax.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def command() -> str:
+    """The command as a user types it, relative to the repository."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The commit measured, marked when the tree has changes; READ_ME_COMMIT where there is no git history."""
+    if "READ_ME_COMMIT" in os.environ:
+        return os.environ["READ_ME_COMMIT"]
+    try:
+        run = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(run, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, devices and versions: no names of hosts or paths."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "devices": sorted({d.device_kind for d in jax.devices()}),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def write_results(name: str, **figures: Any) -> Path:
+    """Write results/NAME.json, beside and then renamed; returns its path."""
+    path = RESULTS / f"{name}.json"
+    content = {"command": command(), "commit": commit(), "machine": machine(), **figures}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    return path
