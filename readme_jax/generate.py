@@ -148,14 +148,6 @@ class Generator:
                     experts[row].append(tuple(int(e) for e in new.experts[row]))
         return Generated(tokens, experts)
 
-    def routes(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
-        """The experts of each token of a text (empty for a dense model)."""
-        if self.router_config is None or self.mixture is None:
-            return []
-        with jax.set_mesh(self.mesh):
-            logits, _ = Router(self.router_config).apply({"params": self.router}, jnp.asarray([list(tokens)]))
-        return [tuple(int(e) for e in row) for row in np.asarray(choose(logits, self.mixture.top_k)[0])[0]]
-
     def _pad(self, prompts: Prompts, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Prompts padded on the left to one bucketed length: tokens and validity [B, T]."""
         if max_tokens < 1:

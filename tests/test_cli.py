@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from readme_jax.cli.guard import explain, guarded
 from readme_jax.errors import DataError
 from readme_jax.generate import Emitted, Generator, Sampling
 from readme_jax.report import write_report
+from readme_jax.tuning.rounds import Interrupted
 
 SMALL = [
     "Data.sequence_length = 32",
@@ -352,6 +354,15 @@ def test_usage_errors_are_one_line(capsys):
         code, _, err = called(capsys, *line.split())
         assert code == 2
         one_line(err)
+
+
+def test_interrupted_run_says_what_was_saved(capsys):
+    def interrupted():
+        raise Interrupted(signal.SIGTERM, 12)
+
+    assert guarded(interrupted) == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert "saved after 12 steps" in err and err.count("\n") == 1
 
 
 def test_our_own_errors_keep_their_traceback():

@@ -109,12 +109,6 @@ def test_sample_draws_from_the_nucleus_in_proportion():
     np.testing.assert_allclose(drawn, [0.5, 0.05, 0.3, 0.15], atol=0.03)
 
 
-def test_routes_of_a_text_are_those_of_generation(generator):
-    out = generator("top2").generate(PROMPTS, 8)
-    assert generator("top2").routes(PROMPTS[0] + out.tokens[0])[len(PROMPTS[0]) :] == out.experts[0]
-    assert generator("dense").routes([1, 2]) == []
-
-
 @pytest.mark.parametrize(
     "prompts, count, said",
     [([[]], 4, "empty prompt"), ([], 4, "empty prompt"), ([[1]], 0, "max_tokens"), ([[1] * 60], 500, "500 new ones")],

@@ -11,4 +11,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from readme_jax.cli.app import app
     from readme_jax.cli.guard import guarded
 
-    sys.exit(guarded(lambda: app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)))
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    sys.exit(guarded(lambda: app(args=given, standalone_mode=False)))

@@ -10,7 +10,6 @@ app = typer.Typer(
     name="readme-jax",
     help="Refactor a pretrained dense LLM into a router-decoupled mixture of experts, and use it.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
