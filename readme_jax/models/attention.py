@@ -16,7 +16,8 @@ from einops import rearrange
 from readme_jax.config import RopeScaling
 
 MASKED = -1e30  # finite: a row with nothing to attend to (padding) stays finite
-BLOCK = 256  # queries a static block
+BLOCK = 128  # queries a static block, more where a sequence would have over MAX_BLOCKS
+MAX_BLOCKS = 16
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -44,10 +45,16 @@ def rotate(x: jax.Array, positions: jax.Array, freqs: jax.Array) -> jax.Array:
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, divisor: float) -> jax.Array:
-    """q [B K G t h], k [B K S h], v [B K S h], mask broadcastable to [B K G t S] -> [B K G t h]."""
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) / divisor
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bksh->bkgth", weights, v)
+    """q [B K R h] of R = (t G) rows, k and v [B K S h], mask [1 or B, t, S] -> [B K R h].
+
+    Rows are divided by their softmax's sum after the product with v, when they are h wide and not S.
+    """
+    mask = jnp.repeat(mask, q.shape[2] // mask.shape[1], axis=1)[:, None]
+    scores = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32) / divisor
+    scores = jnp.where(mask, scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def visible(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
@@ -79,18 +86,20 @@ def causal_attention(
             q, k, v, scale=1 / divisor, is_causal=True, local_window_size=sliding, implementation="cudnn"
         )
     length, kv_heads = q.shape[1], k.shape[2]
-    q = rearrange(q, "b t (k g) h -> b k g t h", k=kv_heads)
+    group, block = q.shape[2] // kv_heads, max(BLOCK, -(-length // MAX_BLOCKS))
+    q = rearrange(q, "b t (k g) h -> b k (t g) h", k=kv_heads)  # one axis of rows: two would be copied into one
     k, v = (rearrange(x, "b t k h -> b k t h") for x in (k, v))
     blocks = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
         first = 0 if window is None or positions is not None else max(0, start - window + 1)
         if positions is None:
-            mask = visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None, :], window)
+            mask = visible(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None, :], window)[None]
         else:
-            mask = visible(positions[:, start:stop, None], positions[:, None, first:stop], window)[:, None, None]
-        blocks.append(_attend(q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask, divisor))
-    return rearrange(jnp.concatenate(blocks, axis=3), "b k g t h -> b t (k g) h")
+            mask = visible(positions[:, start:stop, None], positions[:, None, first:stop], window)
+        rows = q[:, :, start * group : stop * group]
+        blocks.append(_attend(rows, k[:, :, first:stop], v[:, :, first:stop], mask, divisor))
+    return rearrange(jnp.concatenate(blocks, axis=2), "b k (t g) h -> b t (k g) h", g=group)
 
 
 @jax.tree_util.register_dataclass

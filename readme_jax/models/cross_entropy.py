@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROWS = 2048  # logits rows at a time
+ROWS = 1024  # logits rows at a time
 
 
 def _spans(shape: tuple[int, ...]) -> list[slice]:
@@ -21,8 +21,13 @@ def _spans(shape: tuple[int, ...]) -> list[slice]:
     return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, t, ...] -> [B * t, ...]: with two axes of rows, XLA would write a transposed copy of logits' gradients."""
+    return x.reshape(-1, *x.shape[2:])
+
+
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def token_losses(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
@@ -60,24 +65,26 @@ def _loss_and_gradients(
     distill: float,
     gradients: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    weights = weights / jnp.maximum(weights.sum(), 1)
+    mass = weights.sum()
+    weights = weights / jnp.where(mass > 0, mass, 1)
     total, d_hidden, d_head = jnp.zeros((), jnp.float32), [], jnp.zeros(head.shape, jnp.float32)
     for span in _spans(hidden.shape):
-        h, goal = hidden[:, span], targets[:, span]
+        h, goal, weight = (_rows(x[:, span]) for x in (hidden, targets, weights))
         logits = _logits(h, head)
         log_norm = jax.nn.logsumexp(logits, axis=-1)
-        loss = (1 - distill) * (log_norm - jnp.take_along_axis(logits, goal[..., None], axis=-1)[..., 0])
+        loss = (1 - distill) * (log_norm - jnp.take_along_axis(logits, goal[:, None], axis=-1)[:, 0])
         soft = None
         if teacher is not None and distill:
-            soft = jax.nn.softmax(_logits(teacher[0][:, span], teacher[1]), axis=-1)
+            soft = jax.nn.softmax(_logits(_rows(teacher[0][:, span]), teacher[1]), axis=-1)
             loss += distill * (log_norm - jnp.sum(soft * logits, axis=-1))
-        total += jnp.sum(weights[:, span] * loss)
+        total += jnp.sum(weight * loss)
         if gradients:
             hot = jax.nn.one_hot(goal, logits.shape[-1], dtype=jnp.float32) * (1 - distill)
-            d_logits = jnp.exp(logits - log_norm[..., None]) - (hot if soft is None else hot + distill * soft)
-            d_logits = (weights[:, span, None] * d_logits).astype(hidden.dtype)
-            d_hidden.append(jnp.einsum("btv,vd->btd", d_logits, head.astype(hidden.dtype)))
-            d_head += jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32)
+            d_logits = jnp.exp(logits - log_norm[:, None]) - (hot if soft is None else hot + distill * soft)
+            d_logits = (weight[:, None] * d_logits).astype(hidden.dtype)
+            d_h = jnp.einsum("nv,vd->nd", d_logits, head.astype(hidden.dtype))
+            d_hidden.append(d_h.reshape(hidden[:, span].shape))
+            d_head += jnp.einsum("nv,nd->vd", d_logits, h, preferred_element_type=jnp.float32)
     return total, (jnp.concatenate(d_hidden, axis=1), d_head.astype(head.dtype)) if gradients else None
 
 

@@ -8,7 +8,7 @@ each device sorts and computes its own tokens, inside `jax.shard_map`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ def gather_rows(ffn: Params, rows: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def layer_experts(p: Params, channels: Params | None, mixture: MixtureConfig) -> tuple[Params | None, list[Params]]:
+def layer_experts(p: Params, channels: Params | None, mixture: MixtureConfig) -> tuple[Params | None, Sequence[Params]]:
     """The permanent part (or None) and the E experts of one layer, tied or not, stacked or not."""
     if mixture.tied:
         assert channels is not None, "a tied mixture needs its channels"
@@ -74,7 +74,7 @@ def mixture_feed_forward(
     return y if permanent is None else y + feed_forward(permanent, x)
 
 
-def routed_experts(experts: list[Params], runtime: Runtime, x: jax.Array, plan: RoutePlan) -> jax.Array:
+def routed_experts(experts: Sequence[Params], runtime: Runtime, x: jax.Array, plan: RoutePlan) -> jax.Array:
     """The experts' part alone: each device's rows through `grouped_ffn`, expert width over `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -83,7 +83,7 @@ def routed_experts(experts: list[Params], runtime: Runtime, x: jax.Array, plan: 
         raise ConfigError(f"Mesh.expert = {mesh.shape['expert']}: lay experts out over fsdp or tensor instead")
     weights = [Expert(e["gate"], e["up"], e["down"]) for e in experts]
     wide = PartitionSpec("tensor", None)
-    specs = [Expert(wide, wide, PartitionSpec(None, "tensor"))] * len(experts)
+    specs = [Expert._make((wide, wide, PartitionSpec(None, "tensor")))] * len(experts)
 
     @partial(jax.shard_map, in_specs=(ROWS, ROWS, specs), out_specs=ROWS, check_vma=False)
     def local(x: jax.Array, plan: RoutePlan, weights: list[Expert]) -> jax.Array:

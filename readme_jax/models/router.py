@@ -17,7 +17,7 @@ from einops import rearrange
 
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.models import attention
-from readme_jax.models.llama import rms_norm
+from readme_jax.models.llama import embed_tokens, rms_norm
 from readme_jax.models.weights import Weight, Weights, frozen, router_table
 from readme_jax.parallel.mesh import constrain
 
@@ -60,7 +60,7 @@ def route_logits(
     """The router's forward pass on parameters p: see `Router.__call__`."""
     rotary, positions, cache = attention.place_tokens(tokens, valid, cache)
     freqs = attention.rotary_frequencies(config.head_dim, config.rope_theta, None)
-    x = constrain(p["embed"][tokens], "batch", "length", None)
+    x = embed_tokens(p["embed"], tokens)
     y = rms_norm(x, p["attn_norm"], config.norm_eps)
     q, k, v = (rearrange(_affine(y, p[n]), "b t (h d) -> b t h d", d=config.head_dim) for n in "qkv")
     q, k = (attention.rotate(z, rotary, freqs) for z in (q, k))
@@ -85,7 +85,8 @@ def router_cache(config: RouterConfig, batch: int, slots: int, dtype: Any = jnp.
 
 def start_router(key: jax.Array, config: RouterConfig, backbone_embed: jax.Array) -> dict[str, Any]:
     """A random router whose embedding starts as the first R columns of the backbone's [V, D] (all of them if D < R)."""
-    params = nn.unbox(Router(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    start = jax.jit(lambda key: nn.unbox(Router(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
+    params = start(key)  # jitted: one row does not divide over a mesh of many devices, and is never computed
     columns = min(config.dim, backbone_embed.shape[1])
     return params | {"embed": params["embed"].at[:, :columns].set(backbone_embed[:, :columns])}
 

@@ -27,8 +27,11 @@ from readme_jax.errors import ConfigError
 Backend = Literal["blocks", "ragged", "masked"]
 Array = jax.Array
 
-_BLOCK = 256  # rows of a full block
-_REST = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows of the one block that takes what full blocks leave
+# Rows of a static block: one branch each for the odd block of a segment, repeats of the last for the rest. On CPU a
+# SwiGLU block costs about 19 rows of arithmetic whatever its size (its weights are read and packed) and one of 16 rows
+# as much as one of 32. Every size is compiled for every expert and layer, the backward pass's at twice the price.
+_FORWARD_ROWS = (32, 48, 64, 80, 96, 112, 128, 148, 160, 176, 200, 224, 256)
+_BACKWARD_ROWS = (32, 64, 96, 128, 160, 208, 256)
 
 
 class Expert(NamedTuple):
@@ -90,9 +93,14 @@ def grouped_ffn(x: Array, plan: RoutePlan, experts: Sequence[Any], backend: Back
         return y if plan.weights is None else y * plan.weights.sum(1, keepdims=True).astype(y.dtype)
     if backend == "masked":
         return _masked(x, plan, experts)
-    rows = _dispatch(x, plan.slots, plan.inverse)
-    rows = _ragged(rows, plan.sizes, experts) if backend == "ragged" else _blocks(rows, plan.sizes, experts)
-    pairs = rearrange(_collect(rows, plan.slots, plan.inverse), "(n k) d -> n k d", k=plan.inverse.shape[1])
+    slots = plan.slots
+    if backend == "blocks":
+        top = min(slots.shape[0], _FORWARD_ROWS[-1])
+        slots = jnp.pad(slots, (0, top), mode="edge")  # the last segment's blocks spill too
+        rows = _blocks(_dispatch(x, slots, plan.inverse), plan.sizes, experts, top)
+    else:
+        rows = _ragged(_dispatch(x, slots, plan.inverse), plan.sizes, experts)
+    pairs = rearrange(_collect(rows, slots, plan.inverse), "(n k) d -> n k d", k=plan.inverse.shape[1])
     if plan.weights is not None:
         pairs = pairs * plan.weights[..., None].astype(pairs.dtype)
     return pairs.sum(1)
@@ -112,7 +120,7 @@ def _ffn(x: Array, w: Expert) -> Array:
 
 @jax.custom_vjp
 def _dispatch(x: Array, slots: Array, inverse: Array) -> Array:
-    """Rows in expert order: [N, D] -> [M, D]."""
+    """Rows in expert order: [N, D] -> [S, D]; S is M, or more where slots repeats its last entry."""
     return jnp.take(x, slots // inverse.shape[1], axis=0, mode="clip")
 
 
@@ -125,7 +133,7 @@ _dispatch.defvjp(lambda x, slots, inverse: (_dispatch(x, slots, inverse), invers
 
 @jax.custom_vjp
 def _collect(rows: Array, slots: Array, inverse: Array) -> Array:
-    """Rows back in the order of (token, choice) pairs: [M, D] -> [M, D]."""
+    """Rows back in the order of (token, choice) pairs: [S, D] -> [M, D]. What is past the first M rows is not read."""
     return jnp.take(rows, inverse.reshape(-1), axis=0, mode="clip")
 
 
@@ -157,102 +165,143 @@ def _ragged(rows: Array, sizes: Array, experts: list[Expert]) -> Array:
 # --- blocks -------------------------------------------------------------------------------------------------------
 
 
-def _rest_sizes(rows: int) -> list[int]:
-    """Static sizes of the odd block for a batch of `rows` rows: up to one full block, or the batch rounded up."""
-    top = next((r for r in _REST if r >= rows), _BLOCK)
-    return [r for r in _REST if r <= top]
+class _Span(NamedTuple):
+    """How blocks cover one expert's segment: an odd block at `start`, then `full` blocks of the largest size.
 
-
-def _segment(size: Array, start: Array, rest: list[int], first: Callable[..., Any], full: Callable[..., Any], init: Any):
-    """Cover rows start .. start+size: one block of the smallest fitting size of `rest`, then full blocks.
-
-    first(rows, row0, carry) and full(row0, carry) return the new carry. The odd block comes first, so that what it
-    spills into its own segment is written again.
+    All int32 scalars: start row, rows of the odd block (1 to the largest size; 0 when there are no rows), its branch
+    (0 nothing, c + 1 the c-th size), number of full blocks.
     """
-    blocks = jnp.maximum(size - 1, 0) // rest[-1]
-    left = size - blocks * rest[-1]
-    which = jnp.sum(left > jnp.asarray([0, *rest[:-1]]), dtype=jnp.int32)
-    carry = jax.lax.switch(which, [lambda c: c] + [functools.partial(first, r, left) for r in rest], init)
-    return jax.lax.fori_loop(0, blocks, lambda i, c: full(start + left + i * rest[-1], c), carry)
+
+    start: Array
+    odd: Array
+    branch: Array
+    full: Array
 
 
-def _pad(rows: Array, extra: int) -> Array:
-    return jnp.concatenate([rows, jnp.broadcast_to(rows[-1:], (extra, rows.shape[1]))])
+def _up_to(top: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """Static block sizes, ascending, of which the full block has `top` rows."""
+    return (*(r for r in rows if r < top), top)
 
 
-def _varying_like(value: Any, like: Array) -> Any:
-    """Inside shard_map: mark what is equal on all devices as varying, as the rows are; elsewhere nothing."""
+def _spans(sizes: Array, blocks: tuple[int, ...]) -> list[_Span]:
+    start = jnp.cumsum(sizes) - sizes
+    full = jnp.maximum(sizes - 1, 0) // blocks[-1]
+    odd = sizes - full * blocks[-1]
+    branch = jnp.sum(odd[:, None] > jnp.asarray([0, *blocks[:-1]]), axis=1, dtype=jnp.int32)
+    # Scalars, taken here: with an index into the table inside, no two experts' kernels would be the same to XLA,
+    # which compiles equal ones once for all experts and layers.
+    return [_Span(*(v[e] for v in (start, odd, branch, full))) for e in range(sizes.shape[0])]
+
+
+def _slice(a: Array, row0: Array, rows: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, row0, rows, a.ndim - 2, allow_negative_indices=False)
+
+
+def _put(buffers: list[Array], blocks: list[Array], row0: Array) -> list[Array]:
+    def one(a: Array, b: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(a, b, row0, a.ndim - 2, allow_negative_indices=False)
+
+    return [one(a, b) for a, b in zip(buffers, blocks, strict=True)]
+
+
+def _run_segment(
+    span: _Span,
+    blocks: tuple[int, ...],
+    compute: Callable[[int, Array, Array | int], tuple[list[Array], Any]],
+    buffers: list[Array],
+    zeros: Any,
+) -> tuple[list[Array], Any]:
+    """Run one expert's segment: write what `compute` returns for a block into buffers, add up the rest.
+
+    compute(rows, row0, valid) returns arrays [..., rows, n] for rows row0 .. row0+rows, of which `valid` belong to the
+    segment, and a tree of sums over the valid ones. buffers [..., S, n]; zeros: the tree of sums of no rows.
+    The branches return blocks of the largest size, not updated buffers: XLA copies a buffer that is passed through a
+    conditional. The odd block comes first: its spill is written over by the blocks and segments that follow.
+    """
+    top = blocks[-1]
+
+    def nothing() -> tuple[list[Array], Any]:
+        shapes = [(*a.shape[:-2], top, a.shape[-1]) for a in buffers]
+        return [_varying_like(jnp.zeros(s, a.dtype), a) for s, a in zip(shapes, buffers, strict=True)], zeros
+
+    def odd(rows: int) -> tuple[list[Array], Any]:
+        new, sums = compute(rows, span.start, span.odd)
+        return [jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, top - rows), (0, 0)]) for b in new], sums
+
+    def full(i: Array, carry: tuple[list[Array], Any]) -> tuple[list[Array], Any]:
+        row0 = span.start + span.odd + i * top
+        new, sums = compute(top, row0, top)
+        return _put(carry[0], new, row0), jax.tree.map(jnp.add, carry[1], sums)
+
+    new, sums = jax.lax.switch(span.branch, [nothing, *(functools.partial(odd, r) for r in blocks)])
+    return jax.lax.fori_loop(0, span.full, full, (_put(buffers, new, span.start), sums))
+
+
+def _varying_like(tree: Any, like: Array) -> Any:
+    """Inside shard_map: mark arrays that are equal on all devices as varying where `like` does; elsewhere nothing."""
     axes = jax.typeof(like).manual_axis_type.varying
 
     def cast(a: Array) -> Array:
         missing = tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying))
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
-    return jax.tree.map(cast, value)
+    return jax.tree.map(cast, tree)
 
 
-def _blocks(rows: Array, sizes: Array, experts: list[Expert]) -> Array:
-    return _blocks_vjp(rows, _varying_like(sizes, rows), _varying_like(experts, rows))
+@functools.partial(jax.jit, static_argnames="top")  # so traced and lowered once, not once a layer
+def _blocks(rows: Array, sizes: Array, experts: list[Expert], top: int) -> Array:
+    """rows [M + top, D] in expert order -> the same shape; what is past the first M rows is arbitrary."""
+    return _blocks_vjp(top, rows, _varying_like(sizes, rows), _varying_like(experts, rows))
 
 
-@jax.custom_vjp
-def _blocks_vjp(rows: Array, sizes: Array, experts: list[Expert]) -> Array:
-    return _blocks_fwd(rows, sizes, experts)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks_vjp(top: int, rows: Array, sizes: Array, experts: list[Expert]) -> Array:
+    return _blocks_forward(top, rows, sizes, experts, save=False)[0]
 
 
-def _blocks_fwd(rows: Array, sizes: Array, experts: list[Expert]):
-    rest = _rest_sizes(rows.shape[0])
-    padded, d = _pad(rows, rest[-1]), experts[0].gate.shape[0]
-    carry = (jnp.zeros_like(padded), _varying_like(jnp.zeros((2, padded.shape[0], d), rows.dtype), rows))
-    starts = jnp.cumsum(sizes) - sizes
+def _blocks_forward(top: int, rows: Array, sizes: Array, experts: list[Expert], save: bool) -> list[Array]:
+    """[y [S, D]], and with save also the pre-activations of gate and up, [2, S, d]."""
+    blocks = _up_to(top, _FORWARD_ROWS)
+    buffers = [jnp.zeros_like(rows)]
+    if save:
+        buffers.append(jnp.zeros((2, rows.shape[0], experts[0].gate.shape[0]), rows.dtype))
+    buffers = _varying_like(buffers, rows)
 
-    def block(w: Expert, r: int, row0: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, pre = carry
-        x = jax.lax.dynamic_slice_in_dim(padded, row0, r)
+    def compute(w: Expert, r: int, row0: Array, valid: Array | int) -> tuple[list[Array], Any]:
+        x = _slice(rows, row0, r)
         g, u = _dot(x, w.gate, (1, 1)), _dot(x, w.up, (1, 1))
         y = _dot(jax.nn.silu(g) * u, w.down, (1, 1))
-        out = jax.lax.dynamic_update_slice_in_dim(out, y, row0, 0)
-        pre = jax.lax.dynamic_update_slice(pre, jnp.stack([g, u]), (0, row0, 0))
-        return out, pre
+        return ([y, jnp.stack([g, u])] if save else [y]), ()
 
-    for e, w in enumerate(experts):
-        run = functools.partial(block, w)
-        carry = _segment(sizes[e], starts[e], rest, lambda r, left, c, e=e, run=run: run(r, starts[e], c),
-                         functools.partial(run, rest[-1]), carry)
-    out, pre = carry
-    return out[: rows.shape[0]], (rows, sizes, experts, pre)
+    for span, w in zip(_spans(sizes, blocks), experts, strict=True):
+        buffers, _ = _run_segment(span, blocks, functools.partial(compute, w), buffers, ())
+    return buffers
 
 
-def _blocks_bwd(saved: Any, dout: Array):
+def _blocks_fwd(top: int, rows: Array, sizes: Array, experts: list[Expert]) -> tuple[Array, tuple[Any, ...]]:
+    y, pre = _blocks_forward(top, rows, sizes, experts, save=True)
+    return y, (rows, sizes, experts, pre)
+
+
+def _blocks_bwd(top: int, saved: tuple[Any, ...], dy: Array) -> tuple[Array, None, list[Expert]]:
     rows, sizes, experts, pre = saved
-    rest = _rest_sizes(rows.shape[0])
-    padded, dpadded = _pad(rows, rest[-1]), _pad(dout, rest[-1])
-    starts = jnp.cumsum(sizes) - sizes
-    dx, grads = jnp.zeros_like(padded), []
+    blocks = _up_to(top, _BACKWARD_ROWS)
+    buffers, grads = _varying_like([jnp.zeros_like(rows)], rows), []
 
-    def block(w: Expert, r: int, valid: Array | int, row0: Array, dx: Array) -> tuple[Array, Expert]:
-        x = jax.lax.dynamic_slice_in_dim(padded, row0, r)
-        dy = jax.lax.dynamic_slice_in_dim(dpadded, row0, r)
-        dy = jnp.where(jnp.arange(r)[:, None] < valid, dy, 0)
-        g, u = jax.lax.dynamic_slice(pre, (0, row0, 0), (2, r, pre.shape[2]))
+    def compute(w: Expert, r: int, row0: Array, valid: Array | int) -> tuple[list[Array], Expert]:
+        x, (g, u) = _slice(rows, row0, r), _slice(pre, row0, r)
+        dy_ = jnp.where(jnp.arange(r)[:, None] < valid, _slice(dy, row0, r), 0)  # spilled rows add nothing to sums
         s = jax.nn.sigmoid(g)
-        dh = _dot(dy, w.down, (1, 0))
-        du = dh * g * s
-        dg = dh * u * (s * (1 + g * (1 - s)))
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, _dot(dg, w.gate, (1, 0)) + _dot(du, w.up, (1, 0)), row0, 0)
-        return dx, Expert(_dot(dg, x, (0, 0)), _dot(du, x, (0, 0)), _dot(dy, g * s * u, (0, 0)))
+        dh = _dot(dy_, w.down, (1, 0))
+        dg, du = dh * u * (s * (1 + g * (1 - s))), dh * g * s
+        dx = _dot(dg, w.gate, (1, 0)) + _dot(du, w.up, (1, 0))
+        return [dx], Expert(_dot(dg, x, (0, 0)), _dot(du, x, (0, 0)), _dot(dy_, g * s * u, (0, 0)))
 
-    for e, w in enumerate(experts):
-        def first(r, left, carry, e=e, w=w):
-            return block(w, r, left, starts[e], carry[0])
-
-        def full(row0, carry, w=w):
-            dx, dw = block(w, rest[-1], rest[-1], row0, carry[0])
-            return dx, jax.tree.map(jnp.add, carry[1], dw)
-
-        dx, dw = _segment(sizes[e], starts[e], rest, first, full, (dx, jax.tree.map(jnp.zeros_like, w)))
+    for span, w in zip(_spans(sizes, blocks), experts, strict=True):
+        zeros = _varying_like(jax.tree.map(jnp.zeros_like, w), rows)
+        buffers, dw = _run_segment(span, blocks, functools.partial(compute, w), buffers, zeros)
         grads.append(dw)
-    return dx[: rows.shape[0]], None, grads
+    return buffers[0], None, grads
 
 
 _blocks_vjp.defvjp(_blocks_fwd, _blocks_bwd)

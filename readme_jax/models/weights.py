@@ -88,7 +88,7 @@ def block_table(config: ModelConfig, mixture: MixtureConfig | None, stack: bool)
     return table | {f"experts_{e}": expert for e in range(mixture.num_experts)}
 
 
-def outer_table(config: ModelConfig) -> Table:
+def outer_table(config: ModelConfig) -> dict[str, Weight]:
     """Weights outside the blocks."""
     vocab = Weight((config.vocab_size, config.embed_dim), ("vocab", "embed"))
     table: dict[str, Weight] = {"embed": vocab, "final_norm": Weight((config.embed_dim,), ("embed",), "ones")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -68,6 +69,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         raise ConfigError(f"{len(names)} axis names for an array of {x.ndim} dimensions")
     if jax.sharding.get_abstract_mesh().empty:
         raise ConfigError("no mesh: run under jax.set_mesh(make_mesh(...))")
+    return _lay_out(x, spec)
+
+
+@partial(jax.jit, static_argnums=1, inline=True)  # also takes an array made outside the mesh
+def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from readme_jax.config import ModelConfig
 from readme_jax.models.feed_forward import activations, linear
-from readme_jax.models.llama import attend, prepare, rms_norm
+from readme_jax.models.llama import attend, embed_tokens, prepare, rms_norm
 from readme_jax.models.runtime import Runtime
-from readme_jax.parallel.mesh import constrain
 
 Params = Mapping[str, Any]
 Tick = Callable[[int], None]  # told of tokens done
@@ -39,7 +38,7 @@ def cast(p: Params, runtime: Runtime) -> Any:
 def _accumulate(sums: jax.Array, params: Params, tokens: jax.Array, config: ModelConfig, runtime: Runtime) -> jax.Array:
     """Add sum |a| and sum a^2 of tokens [B, T] to sums [2, L, F], one dense forward without logits."""
     ctx = prepare(config, tokens)
-    x = constrain(params["embed"].astype(runtime.dtype)[tokens], "batch", "length", None)
+    x = embed_tokens(params["embed"].astype(runtime.dtype), tokens)
     added = []
     for i in range(config.num_layers):
         p = cast(params[f"layers_{i}"], runtime)

@@ -130,7 +130,7 @@ class _Layerwise:
             p = params[f"layers_{layer}"]
             moments = [self._observe(p, group) for group in self.groups]
             mask = np.stack([self._select(m, p) for m in moments])
-            shared = mask.all(axis=0) if self.permanent else np.zeros(self.model.ffn_dim, bool)
+            shared = select.permanent_channels(mask) if self.permanent else np.zeros(self.model.ffn_dim, bool)
             masks.append(mask)
             downs.append({} if self.settings.refit == "none" else self._refit(p, moments, mask, shared))
         return np.stack(masks), downs

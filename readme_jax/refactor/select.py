@@ -84,7 +84,7 @@ def obs(moments: Moments, ridge: float, width: int) -> jax.Array:
 
 def permanent_channels(masks: np.ndarray) -> np.ndarray:
     """Channels that every expert keeps: masks [E, F] -> [F]."""
-    return masks.all(axis=0)
+    return np.asarray(masks.all(axis=0))
 
 
 def overlap(masks: np.ndarray) -> np.ndarray:

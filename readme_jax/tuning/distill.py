@@ -18,7 +18,7 @@ from readme_jax.config import MixtureConfig, ModelConfig
 from readme_jax.models.cross_entropy import token_losses
 from readme_jax.models.experts import plan_batch
 from readme_jax.models.feed_forward import activations, linear
-from readme_jax.models.llama import Llama, attend, head_weight, prepare, rms_norm
+from readme_jax.models.llama import Llama, attend, embed_tokens, head_weight, prepare, rms_norm
 from readme_jax.models.runtime import Runtime
 from readme_jax.parallel.mesh import constrain
 from readme_jax.tuning.ranking import top_mask
@@ -82,7 +82,7 @@ def overlap_scores(
         a = activations(p["ffn"], rms_norm(x, p["ffn_norm"], config.norm_eps))
         return constrain(x + linear(a, p["ffn"]["down"]), "batch", "length", None), score(a, rows)
 
-    x = constrain(params["embed"].astype(runtime.dtype)[tokens], "batch", "length", None)
+    x = embed_tokens(params["embed"].astype(runtime.dtype), tokens)
     if "layers" in params:
         _, scores = jax.lax.scan(
             lambda x, each: layer(x, *each), x, (params["layers"], channels["layers"]["experts"])

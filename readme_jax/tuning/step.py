@@ -95,7 +95,7 @@ def abstract_weights(table: Table, shardings: Params) -> dict[str, Any]:
 
 def place(tree: Any, shardings: Any) -> Any:
     """A fp32 copy of a tree on the mesh, which shares no memory with it: donating one leaves the other alone."""
-    leaf = lambda x, s: jax.device_put(jnp.asarray(x, jnp.float32), s, may_alias=False)  # noqa: E731
+    leaf = lambda x, s: jax.device_put(jnp.array(x, jnp.float32, copy=True), s)  # noqa: E731
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: leaf(x, shardings), tree)
     return jax.tree.map(leaf, tree, shardings)
