@@ -79,7 +79,8 @@ def grouped_ffn(x: Array, plan: RoutePlan, experts: Sequence[Any], backend: Back
     """y_n = sum_k w_nk * down(silu(gate x_n) * up x_n) of the expert each of token n's K choices names.
 
     x [N, D]; experts: E triples (gate [d, D], up [d, D], down [D, d]). Returns [N, D]. Differentiable in x, weights
-    and experts. Inside `jax.shard_map` x, plan are the device's own rows.
+    and experts. Inside `jax.shard_map` x and plan are the device's own rows. All of one dtype. Raises ConfigError
+    where experts and plan do not fit or the back end is unknown.
     """
     experts = [Expert(*e) for e in experts]
     if len(experts) != plan.sizes.shape[0]:
