@@ -41,7 +41,7 @@ from readme_jax.tuning.step import backbone_table, place, shard_table
 
 WINDOW = 1024  # tokens of a validation window, or the sequence length where that is shorter
 CURVE_WINDOWS = 2  # a domain, for the curves during tuning
-MATRIX_TOKENS = 4096  # a domain, for the matrix of experts and domains
+MATRIX_TOKENS = 1024  # a domain, for the matrix of experts and domains
 
 CHECKPOINTS, EXPORT = "checkpoints", "export"
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+from readme_jax.data.cache import default_cache
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `readme-jax`: exits with 0, with 2 after one line about bad input, with 130 when interrupted."""
+    # Compiled programs are kept: a second start, or a second model of the same shape, compiles nothing anew.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(default_cache() / "compiled"))
+
     from readme_jax.cli.app import app
     from readme_jax.cli.guard import guarded
 

@@ -37,13 +37,10 @@ def read_run(folder: str | Path) -> Mixture:
     mixture, router = MixtureConfig(**meta["mixture"]), RouterConfig(**meta["router"])
     mesh = make_mesh(config.Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        progress, channels = resume.load(
-            store, done, run, dense.config, mixture, router, runtime_for(run.model), mesh
-        )
+        progress, channels = resume.load(store, done, run, dense.config, mixture, router, runtime_for(run.model), mesh)
     store.close()
     params, rows, routing = (
-        jax.tree.map(np.asarray, tree)
-        for tree in (unroll(progress.backbone), unroll(channels), dict(progress.router))
+        jax.tree.map(np.asarray, tree) for tree in (unroll(progress.backbone), unroll(channels), dict(progress.router))
     )
     about = {"config": meta["config"], "facts": meta["facts"], "steps": done}
     return Mixture(dense.config, mixture, params, rows, router, routing, dense.tokenizer, about)

@@ -150,7 +150,7 @@ class _Layerwise:
                 if self.sequential:
                     self.sliced[domain][i] = after
                 self.tick(dense.shape[0] * dense.shape[1] // self.model.num_layers)
-        return moments
+        return moments if self.sequential else refit.one_shot(moments, p["ffn"]["down"])
 
     def _select(self, moments: select.Moments, p: Params) -> np.ndarray:
         if self.settings.score == "obs":

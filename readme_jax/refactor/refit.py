@@ -79,12 +79,17 @@ def observe(
         a = activations(p["ffn"], rms_norm(sliced, p["ffn_norm"], config.norm_eps))
         wanted = after - sliced
     a, wanted = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (a, wanted))
-    added = Moments(
-        jnp.abs(a).sum(0),
-        gram(a),
-        jnp.einsum("nd,nf->df", wanted, a, precision=EXACT),
-    )
-    return jax.tree.map(jnp.add, moments, added), after, sliced
+    cross = moments.cross
+    if sequential:  # in one shot the output wanted is W_down a: W_down times the Gram matrix, once (`one_shot`)
+        cross = cross + jnp.einsum("nd,nf->df", wanted, a, precision=EXACT)
+    moments = Moments(moments.absolute + jnp.abs(a).sum(0), moments.gram + gram(a), cross)
+    return moments, after, sliced
+
+
+@jax.jit
+def one_shot(moments: Moments, down: jax.Array) -> Moments:
+    """Moments whose wanted output is what the dense W_down [D, F] writes."""
+    return moments._replace(cross=jnp.matmul(down, moments.gram, precision=EXACT))
 
 
 @partial(jax.jit, static_argnames=("config", "runtime"), donate_argnums=(3,))
@@ -98,17 +103,25 @@ def advance(
 
 
 @jax.jit
-def refit_down(moments: Moments, mask: jax.Array, ridge: float) -> jax.Array:
-    """W_down [D, F] of least squared error on the channels of mask [F], zero elsewhere.
+def refit_down(moments: Moments, rows: jax.Array, ridge: float) -> jax.Array:
+    """W_down [D, F] of least squared error on the channels `rows` [n], zero elsewhere; rows of F are padding.
 
-    Solves W_S (C_SS + lambda I) = B_S as one masked F x F system, so that every layer and expert has one shape.
+    Solves W_S (C_SS + lambda I) = B_S, so experts of one width share one compiled shape.
     """
+    size = moments.gram.shape[0]
     with jax.default_matmul_precision("highest"):
         gram = ridged(moments.gram, ridge)
-        keep = mask.astype(gram.dtype)
-        system = gram * keep[:, None] * keep[None, :] + jnp.diag(jnp.where(mask, 0.0, jnp.mean(jnp.diagonal(gram))))
-        factor = jax.scipy.linalg.cho_factor(system)
-        return (jax.scipy.linalg.cho_solve(factor, (moments.cross * keep).T)).T * keep
+        kept = gram.at[rows[:, None], rows[None, :]].get(mode="fill", fill_value=0)
+        kept += jnp.diag(jnp.where(rows < size, 0.0, 1.0))
+        wanted = moments.cross.at[:, rows].get(mode="fill", fill_value=0)
+        down = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(kept), wanted.T).T
+    return jnp.zeros_like(moments.cross).at[:, rows].set(down, mode="drop")
+
+
+def padded_rows(mask: np.ndarray, size: int) -> jax.Array:
+    """Channels of a mask [F], ascending, padded to `size` with F."""
+    found = np.flatnonzero(mask)
+    return jnp.asarray(np.concatenate([found, np.full(size - len(found), len(mask))]), jnp.int32)
 
 
 @jax.jit
@@ -132,11 +145,8 @@ def _solve_shared(left: jax.Array, right: jax.Array, shared: jax.Array) -> jax.A
         return jnp.linalg.solve(left, right.T).T * shared
 
 
-@jax.jit
-def _solve_own(moments: Moments, own: jax.Array, shared_down: jax.Array, ridge: float) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-        rest = moments._replace(cross=moments.cross - shared_down @ moments.gram)
-    return refit_down(rest, own, ridge)
+def _solve_own(moments: Moments, rows: jax.Array, shared_down: jax.Array, ridge: float) -> jax.Array:
+    return refit_down(_less_prior(moments, shared_down), rows, ridge)
 
 
 @jax.jit
@@ -155,12 +165,13 @@ def refit_jointly(
     regression an expert.
     """
     own = [jnp.asarray(m & ~shared) for m in masks]
+    rows = [padded_rows(m & ~shared, int(m.sum())) for m in masks]
     change = [_less_prior(m, down * jnp.asarray(mask)) for m, mask in zip(moments, masks, strict=True)]
     if not shared.any():
-        return None, [down * o + refit_down(m, o, ridge) for m, o in zip(change, own, strict=True)]
+        return None, [down * o + refit_down(m, r, ridge) for m, o, r in zip(change, own, rows, strict=True)]
     both = jnp.asarray(shared)
     pairs = [_eliminate(m, o, both, ridge) for m, o in zip(change, own, strict=True)]
     left, right = (sum(parts[1:], start=parts[0]) for parts in zip(*pairs, strict=True))
     common = _solve_shared(left, right, both)
-    owns = [down * o + _solve_own(m, o, common, ridge) for m, o in zip(change, own, strict=True)]
+    owns = [down * o + _solve_own(m, r, common, ridge) for m, o, r in zip(change, own, rows, strict=True)]
     return down * both + common, owns
