@@ -18,7 +18,7 @@ demo: $(VENV)/stamp-run
 		--prompt "What is the capital of France?"
 
 test: $(VENV)/stamp-test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: $(VENV)/stamp-lint
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from readme_jax.evaluation.matrix import expert_matrix
 from readme_jax.evaluation.perplexity import Evaluator, Losses, geometric_mean, perplexities
 from readme_jax.evaluation.usage import repeat_rate, usage
 from readme_jax.files import write_text
+from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.router import config_for, start_router
 from readme_jax.models.runtime import Runtime, runtime_for
@@ -88,8 +89,10 @@ def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
         setting = prepare(run, output, mesh, store, began)
         if meta is None:
             meta = slice_dense(setting)
+        trim()
         parts, progress = take_up(setting, meta)
         tune(setting, meta, parts, progress, fresh=done is None)
+        trim()
         summary = finish(setting, meta, parts, progress)
     _write(output / "config.json", config.to_dict(run))
     _write(output / "facts.json", meta["facts"])
@@ -133,6 +136,7 @@ def slice_dense(s: Setting) -> dict[str, Any]:
     with meter("slice", sum(t.size for t in calibration.values())) as tick:
         dense = to_layout(s.dense.params, "unrolled")
         sliced = convert(dense, s.dense.config, calibration, settings, s.runtime, tick)
+    trim()
     router_config = config_for(run.router, s.dense.config, sliced.mixture.num_experts)
     key, start = jax.random.split(jax.random.key(run.seed))
     router = start_router(start, router_config, s.dense.params["embed"])
@@ -289,4 +293,6 @@ def _losses(
     s: Setting, name: str, evaluator: Evaluator, params: Any, routes: Any = None, channels: Any = None
 ) -> dict[str, Losses]:
     with meter(f"evaluate {name}", sum(w.size for w in s.validation.values())) as tick:
-        return evaluator.domains(params, s.validation, routes, channels, tick)
+        losses = evaluator.domains(params, s.validation, routes, channels, tick)
+    trim()
+    return losses

@@ -23,6 +23,7 @@ from readme_jax import config
 from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
 from readme_jax.errors import ReadMeError
 from readme_jax.models.layout import to_layout
+from readme_jax.memory import trim
 from readme_jax.models.runtime import Runtime
 from readme_jax.parallel.mesh import put_batch, replicated
 from readme_jax.progress import meter
@@ -243,6 +244,7 @@ class Tuner:
         due = tuning.evaluate_every and done % tuning.evaluate_every == 0
         if self.evaluate is not None and (ended or due):
             self.journal.evaluation(done, position, self.evaluate(position, progress.backbone, progress.router))
+            trim()
         if done == self.schedule.total or done % tuning.checkpoint_every == 0 or self.signals.number is not None:
             self.save(progress)
         if self.signals.number is not None:
