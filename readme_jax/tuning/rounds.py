@@ -22,8 +22,8 @@ import numpy as np
 from readme_jax import config
 from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
 from readme_jax.errors import ReadMeError
-from readme_jax.models.layout import to_layout
 from readme_jax.memory import trim
+from readme_jax.models.layout import to_layout
 from readme_jax.models.runtime import Runtime
 from readme_jax.parallel.mesh import put_batch, replicated
 from readme_jax.progress import meter
