@@ -35,6 +35,17 @@ class Tokenizer:
         backend.no_truncation()
 
     @property
+    def document_end(self) -> int | None:
+        """What closes a document in packed text: end-of-text as in pretraining, or else the first EOS.
+
+        A chat model's EOS ends a turn; between documents it would teach the model to answer nothing.
+        """
+        for name in ("<|endoftext|>", "<|end_of_text|>"):
+            if (found := self.backend.token_to_id(name)) is not None:
+                return int(found)
+        return self.eos_ids[0] if self.eos_ids else None
+
+    @property
     def vocab_size(self) -> int:
         """Entries, added tokens included. The model's vocabulary may be padded beyond it."""
         return self.backend.get_vocab_size(with_added_tokens=True)

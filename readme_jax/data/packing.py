@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from readme_jax.errors import DataError
 
 BATCH_CHARACTERS = 2**20  # text tokenised at once: enough to keep the tokenizer's threads busy
 RECORDS = "tokens.array_record"
-FORMAT = 1  # part of the cache key: raise it when the packing below changes
+FORMAT = 2  # part of the cache key: raise it when the packing below changes
 
 
 class TextTokenizer(Protocol):
@@ -27,7 +27,7 @@ class TextTokenizer(Protocol):
     @property
     def bos_id(self) -> int | None: ...
     @property
-    def eos_ids(self) -> Sequence[int]: ...
+    def document_end(self) -> int | None: ...
     @property
     def fingerprint(self) -> str: ...
     def encode(self, text: str, special: bool = True) -> list[int]: ...
@@ -54,9 +54,9 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _separator(tokenizer: TextTokenizer) -> int:
-    if not tokenizer.eos_ids:
+    if tokenizer.document_end is None:
         raise DataError("the tokenizer names no end-of-text token, which separates documents: set eos_token")
-    return tokenizer.eos_ids[0]
+    return tokenizer.document_end
 
 
 def token_stream(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:

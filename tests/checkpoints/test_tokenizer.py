@@ -81,6 +81,7 @@ def test_smollm2_chat_equals_transformers(smollm2: Dense, theirs: Any) -> None:
             theirs_text = theirs.apply_chat_template(part, tokenize=False, add_generation_prompt=reply)
             assert tokenizer.chat(part, reply=reply) == theirs_text
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (1, (2,), 49152)
+    assert tokenizer.decode([tokenizer.document_end], special=True) == "<|endoftext|>"  # not the end of a chat turn
 
 
 def test_saved_and_loaded_again(smollm2: Dense, theirs: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ EOS, BOS = 256, 257
 class ByteTokenizer:
     """UTF-8 bytes as ids; counts the texts it was given."""
 
-    eos_ids = (EOS,)
+    document_end: int | None = EOS
 
     def __init__(self, bos: bool = False, fingerprint: str = "bytes") -> None:
         self.bos_id: int | None = BOS if bos else None

@@ -130,7 +130,7 @@ def test_no_folder_and_no_eos_are_explained(folder: Path) -> None:
     with pytest.raises(DataError, match="Data.folder is empty"):
         open_corpus(Data(), ByteTokenizer(), folder.parent / "cache")
     tokenizer = ByteTokenizer()
-    tokenizer.eos_ids = ()  # type: ignore[assignment]
+    tokenizer.document_end = None
     with pytest.raises(DataError, match="no end-of-text token"):
         opened(folder, tokenizer).batches("train", 2, 0)
 
