@@ -1,7 +1,7 @@
 """Table 5 on real text: perplexity by domain of the dense model, of mixtures and of dense slices tuned on equal tokens.
 
 Mixtures are routed by their own router, never by the known domain. Resumable: each arm is a run that goes on from its
-newest checkpoint. At its full size it takes less than four hours on two cores; `lr_search.py` comes first.
+newest checkpoint. `lr_search.py` comes first.
 """
 
 from __future__ import annotations
