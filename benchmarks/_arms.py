@@ -5,7 +5,9 @@ Every arm sees the same tuning tokens of the same stream in the same order, with
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from readme_jax.cli.settings import load_run
@@ -36,6 +38,16 @@ def arm_run(arm: str, data: str, output: Path, params: list[str], lr: float | No
     rate = [] if lr is None else [f"ExpertStage.lr = {lr}"]
     place = [f"Data.folder = {data!r}", f"Run.output = {str(output / arm)!r}"]
     return load_run([RECIPES / recipe], [*changes, *rate, *place, *params])
+
+
+def arguments(doc: str | None, output: str, arms: Iterable[str]) -> argparse.Namespace:
+    """What both scripts are told: data, output, bindings for all arms, and one arm to run alone."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("--gin_param", action="append", default=[], help="binding for all arms")
+    parser.add_argument("--arm", choices=list(arms), help="run one arm alone and write no results")
+    return parser.parse_args()
 
 
 def searched_rate(arm: str) -> float | None:

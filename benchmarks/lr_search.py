@@ -6,14 +6,13 @@ is followed by the next beyond it, so that no arm's best is at an end. Arms that
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-from _arms import CORPUS, LEARNING_RATES, arm_run
+from _arms import LEARNING_RATES, arguments, arm_run
 from _report import write_results
 from rich.console import Console
 from rich.table import Table
@@ -83,12 +82,7 @@ def search(arm: str, data: str, output: Path, params: list[str]) -> list[dict[st
 
 def main() -> None:
     """Search all arms and write results/lr_search.json; with --arm search that one alone and write nothing there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
-    parser.add_argument("--output", type=Path, default=Path("runs/lr_search"))
-    parser.add_argument("--gin_param", action="append", default=[], help="binding for all arms")
-    parser.add_argument("--arm", choices=LEARNING_RATES, help="search one arm")
-    args = parser.parse_args()
+    args = arguments(__doc__, "runs/lr_search", LEARNING_RATES)
     arms = [args.arm] if args.arm else list(LEARNING_RATES)
     rows = [row for arm in arms for row in search(arm, args.data, args.output, args.gin_param)]
     if args.arm:

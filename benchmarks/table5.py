@@ -6,7 +6,6 @@ newest checkpoint. `lr_search.py` comes first.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from _arms import ARMS, CORPUS, HERE, arm_run, searched_rate
+from _arms import ARMS, HERE, arguments, arm_run, searched_rate
 from _report import write_results
 from rich.console import Console
 from rich.table import Table
@@ -75,12 +74,7 @@ def plot(geo_mean: dict[str, float], domains: dict[str, dict[str, float]], path:
 
 def main() -> None:
     """Run every arm and write results/table5.json and its plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
-    parser.add_argument("--output", type=Path, default=Path("runs/table5"))
-    parser.add_argument("--gin_param", action="append", default=[], help="binding for all arms")
-    parser.add_argument("--arm", choices=ARMS, help="run one arm and write no results")
-    args = parser.parse_args()
+    args = arguments(__doc__, "runs/table5", ARMS)
     summaries, rates = {}, {}
     for arm in [args.arm] if args.arm else ARMS:
         run = arm_run(arm, args.data, args.output, args.gin_param, searched_rate(arm))

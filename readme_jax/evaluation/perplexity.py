@@ -19,7 +19,7 @@ from readme_jax.models.cross_entropy import token_losses
 from readme_jax.models.experts import plan_batch
 from readme_jax.models.llama import Llama, head_weight
 from readme_jax.models.runtime import Runtime
-from readme_jax.parallel.mesh import BATCH_AXES, batch_sharding, put_batch
+from readme_jax.parallel.mesh import batch_sharding, batch_ways, put_batch
 
 Params = Mapping[str, Any]
 Tick = Callable[[int], None]
@@ -56,7 +56,7 @@ class Evaluator:
         self, config: ModelConfig, mixture: MixtureConfig | None, runtime: Runtime, mesh: Any, batch: int = 4
     ) -> None:
         """`batch` windows a step, rounded up to the devices that share a batch."""
-        ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+        ways = batch_ways(mesh)
         self.batch = -(-batch // ways) * ways
         self.mesh, self.config, self.mixture, self.runtime = mesh, config, mixture, runtime
         rows = batch_sharding(mesh)

@@ -113,9 +113,14 @@ def batch_sharding(mesh: Any) -> NamedSharding:
     return NamedSharding(mesh, partition_spec("batch"))
 
 
+def batch_ways(mesh: Any) -> int:
+    """Devices that a batch's rows are spread over."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
     """A host batch on the mesh, rows over data and fsdp. Raises ConfigError when the rows do not divide."""
-    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    ways = batch_ways(mesh)
     rows = len(next(iter(batch.values())))
     if rows % ways:
         raise ConfigError(f"a batch of {rows} sequences does not divide over data x fsdp = {ways} devices")

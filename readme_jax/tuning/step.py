@@ -26,7 +26,7 @@ from readme_jax.models.router import Router
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import RoutePlan
 from readme_jax.models.weights import Table, Weight, block_table, outer_table, router_table, stacked
-from readme_jax.parallel.mesh import batch_sharding, replicated, sharding_for
+from readme_jax.parallel.mesh import batch_sharding, batch_ways, replicated, sharding_for
 from readme_jax.tuning import distill
 from readme_jax.tuning.routes import Routes
 
@@ -296,8 +296,3 @@ def build_router_step(
         return next(a for a in range(1, rows + 1) if rows % a == 0 and rows // a * length <= max(MICRO_TOKENS, length))
 
     return build_step(router_table(router), loss, tuning, stage.steps, mesh, micro)
-
-
-def batch_ways(mesh: Any) -> int:
-    """Devices that a batch's rows are spread over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
