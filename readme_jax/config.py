@@ -177,6 +177,7 @@ class Slice(Validated):
     tied: bool = False
     refit: Refit = "none"
     ridge: float = 1e-3  # times the mean diagonal of sum a a^T
+    share: float = 0.0  # weight of the other domains' mean moments in a domain's own, for selection and refit
     calibration_tokens: int = 65536  # a domain
     calibration_batch: int = 4  # sequences a step
     align: int = 1  # pad widths to a multiple; 128 on TPU and GPU
@@ -185,6 +186,7 @@ class Slice(Validated):
     def check(self) -> None:
         self.require(0.0 < self.width <= 1.0, "width", "in (0, 1]")
         self.positive("ridge", "calibration_tokens", "calibration_batch", "align", "top_k")
+        self.require(self.share >= 0, "share", "zero or more")
         self.require(not (self.tied and self.refit != "none"), "refit", "'none' when experts are tied to one FFN")
 
 

@@ -128,7 +128,7 @@ class _Layerwise:
         masks, downs = [], []
         for layer in range(self.model.num_layers):
             p = params[f"layers_{layer}"]
-            moments = [self._observe(p, group) for group in self.groups]
+            moments = select.shared_moments([self._observe(p, group) for group in self.groups], self.settings.share)
             mask = np.stack([self._select(m, p) for m in moments])
             shared = select.permanent_channels(mask) if self.permanent else np.zeros(self.model.ffn_dim, bool)
             masks.append(mask)

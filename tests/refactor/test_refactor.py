@@ -158,6 +158,28 @@ def test_joint_refit_is_the_minimum_over_shared_and_own_parts():
         np.testing.assert_allclose(np.asarray(owns[e])[:, mine], wanted, rtol=5e-3, atol=5e-3)
 
 
+def test_shared_moments_are_those_of_a_text_with_a_little_of_the_others():
+    """Adding `share` times the others' mean moments equals weighting their tokens so in one sum."""
+    rng = np.random.default_rng(3)
+    texts = [rng.standard_normal((50, 6)) for _ in range(3)]
+    wanted = [rng.standard_normal((50, 4)) for _ in range(3)]
+
+    def moments(weights):
+        pairs = list(zip(weights, texts, wanted, strict=True))
+        return select.Moments(
+            jnp.asarray(sum(w * np.abs(a).sum(0) for w, a, _ in pairs)),
+            jnp.asarray(sum(w * a.T @ a for w, a, _ in pairs)),
+            jnp.asarray(sum(w * t.T @ a for w, a, t in pairs)),
+        )
+
+    each = [moments(np.eye(3)[i]) for i in range(3)]
+    for i, found in enumerate(select.shared_moments(each, 0.5)):
+        expected = moments(np.where(np.arange(3) == i, 1.0, 0.25))
+        for got, want in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    assert select.shared_moments(each[:1], 0.5) == each[:1]  # a dense slice has no others
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_obs_finds_cheaper_channels_than_magnitude(seed):
     """What obs keeps costs less after refit than what mean |a| keeps, and no more than one-shot obs."""
