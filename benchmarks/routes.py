@@ -35,11 +35,12 @@ def routes_of(folder: Path) -> dict[str, np.ndarray]:
     assert mixture.router is not None and mixture.router_config is not None and mixture.tokenizer is not None
     corpus = open_corpus(config.Data(**saved["data"]), mixture.tokenizer)
     corpus.config = replace(corpus.config, validation_tokens=WINDOW * WINDOWS)
-    routes = jax.jit(RouterRoutes(jax.device_put(mixture.router), mixture.router_config))
+    routes = RouterRoutes(jax.device_put(mixture.router), mixture.router_config)
+    route = jax.jit(lambda routes, tokens: routes(tokens)[0])
     found = {}
     for domain in corpus.domains:
         windows = corpus.validation(domain, WINDOW)
-        experts = [np.asarray(routes(window[None])[0])[0, :, 0] for window in windows]
+        experts = [np.asarray(route(routes, window[None]))[0, :, 0] for window in windows]
         found[domain] = np.stack(experts).astype(np.uint8)
     return found
 
