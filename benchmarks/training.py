@@ -4,7 +4,8 @@ SmolLM2-135M, fp32, the same batch of real text, AdamW. `torch` trains the dense
 fair setting: eager with sdpa attention, its own loss, fused AdamW, a thread a core. `dense` is our step on the same
 weights, `experts` our expert step on seven half-width experts, sorting tokens into segments included.
 
-Each side runs in processes of its own, in turn: spinning threads of one library slow the next in the same process. A
+Each side runs in processes of its own, in turn: spinning threads of one library slow the next in the same process. All
+ask for huge pages, as `readme-jax` does; `torch_small` is torch without, and torch counts as the faster of the two. A
 ratio is that of one round's tokens a second; the result is the median over rounds.
 """
 
@@ -33,13 +34,14 @@ from rich.table import Table
 from readme_jax import config
 from readme_jax.checkpoints.hf import EMBEDDED, load_dense, save_dense
 from readme_jax.data.corpus import open_corpus
+from readme_jax.memory import HUGE, TUNABLES
 from readme_jax.models.runtime import runtime_for
 from readme_jax.parallel.mesh import make_mesh, put_batch
 from readme_jax.refactor.slice import lay_out, slice_layer
 from readme_jax.tuning.routes import Choice
 from readme_jax.tuning.step import build_expert_step
 
-SIDES = ("torch", "dense", "experts")
+SIDES = ("torch", "torch_small", "dense", "experts")
 EXPERTS, STAYS, AT_HOME = 7, 0.9, 0.5  # a token repeats its expert; else it goes to its text's own or to any
 LEARNING_RATE = 2e-5
 MODEL, BATCH = "model", "batch.npz"
@@ -148,7 +150,7 @@ def half_masks(layers: int, width: int) -> np.ndarray:
 
 def time_side(side: str, inputs: Path, warm: int, steps: int) -> dict[str, Any]:
     """Median seconds of a step, and the first step's loss."""
-    step = torch_step(inputs) if side == "torch" else jax_step(inputs, sliced=side == "experts")
+    step = torch_step(inputs) if side.startswith("torch") else jax_step(inputs, sliced=side == "experts")
     loss, seconds = [step() for _ in range(warm)][0], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -163,16 +165,18 @@ def time_side(side: str, inputs: Path, warm: int, steps: int) -> dict[str, Any]:
 def measure(side: str, inputs: Path, warm: int, steps: int) -> dict[str, Any]:
     """`time_side` in a new process."""
     options = ["--side", side, "--inputs", str(inputs), "--warm", str(warm), "--steps", str(steps)]
-    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | {TUNABLES: "" if side == "torch_small" else HUGE}
+    command = [sys.executable, __file__, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def ratio(rows: list[dict[str, Any]], side: str) -> float:
-    """Median over rounds of a side's tokens a second over torch's."""
+    """Median over rounds of a side's tokens a second over those of torch at its faster setting."""
     by_round: dict[int, dict[str, float]] = {}
     for row in rows:
         by_round.setdefault(row["round"], {})[row["side"]] = row["tokens_per_second"]
-    return statistics.median(each[side] / each["torch"] for each in by_round.values())
+    return statistics.median(each[side] / max(each["torch"], each["torch_small"]) for each in by_round.values())
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -383,6 +383,7 @@ def test_causes_are_explained_through_other_exceptions():
 
 
 def test_train_py_is_refactor(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # or it would start pytest again
     monkeypatch.setattr(sys, "argv", ["train.py", f"--gin_file={tmp_path / 'nope.gin'}"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(Path(__file__).parent.parent / "train.py"), run_name="__main__")

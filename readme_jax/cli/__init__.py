@@ -7,6 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from readme_jax.data.cache import default_cache
+from readme_jax.memory import use_huge_pages
+
+
+def start(command: Sequence[str] = ()) -> None:
+    """What programs call (`readme-jax`, train.py): `main` on the command line, after `command`, with huge pages."""
+    use_huge_pages()
+    main([*command, *sys.argv[1:]])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -214,6 +214,7 @@ class Tuner:
         frozen = self._frozen(stage, progress)
         state = self._start(step, position, progress)
         self._hold(stage, progress, state)  # lets go of what the state was copied from
+        trim()
         following: Position | None = position
         while following is not None and (following.stage, following.round) == (stage, round_):
             position, began = following, time.monotonic()
