@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -101,8 +100,3 @@ def _backward(distill: float, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
 
 
 lm_loss.defvjp(_forward, _backward)
-
-
-def perplexity(total_loss: float, tokens: int) -> float:
-    """exp of the mean loss in nats."""
-    return math.exp(total_loss / tokens)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from readme_jax.models import cross_entropy
-from readme_jax.models.cross_entropy import lm_loss, perplexity, token_losses
+from readme_jax.models.cross_entropy import lm_loss, token_losses
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 11, 8, 29
 
@@ -91,7 +91,3 @@ def test_bfloat16_hidden_states_keep_float32_loss_and_head_gradient(case):
     np.testing.assert_allclose(got, want, rtol=1e-5)  # logits of rounded inputs are exact in float32
     for a, b in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.02 * float(np.abs(b).max()))
-
-
-def test_perplexity_is_the_exponential_of_the_mean():
-    assert perplexity(np.log(5.0) * 12, 12) == pytest.approx(5.0)
