@@ -19,6 +19,8 @@ Score = Literal["mean_abs", "rmsw", "obs"]
 Refit = Literal["none", "one_shot", "sequential"]
 Objective = Literal["overlap", "released", "domain", "expert_loss"]
 Layout = Literal["unrolled", "scanned"]
+SchedulerName = Literal["decode_first", "prefill_first", "algorithm1", "lookahead"]
+PolicyName = Literal["belady", "lru", "random"]
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -278,6 +280,34 @@ class Mesh(Validated):
             self.require(getattr(self, name) == -1 or getattr(self, name) > 0, name, "-1 or above zero")
         if sizes.count(-1) > 1:
             raise ConfigError(f"Mesh {sizes}: at most one axis may be -1")
+
+
+@dataclass(frozen=True)
+class Serving(Validated):
+    """The serving engine: how much it holds, in what order it works, and where experts stay (docs/serving.md)."""
+
+    rows: int = 16  # sequences that run at once, R
+    length: int = 2048  # tokens a row, S; at most the model's context is used
+    page_size: int = 16  # tokens
+    pages: int = 0  # 0: all that the rows hold
+    queue: int = 256  # requests that wait; more are refused
+    scheduler: SchedulerName = "lookahead"
+    budget: int = 256  # tokens a step
+    chunk: int = 256  # tokens of the longest prefill call
+    slots: int = 0  # experts a layer on the device, k; 0: all of them
+    slot_bytes: int = 0  # the same as bytes over all layers, in place of `slots`
+    staging: int = 0  # experts a layer that stream through beside the slots
+    policy: PolicyName = "belady"
+    prefetch: bool = True  # load experts before the step that needs them
+    ahead: bool = True  # dispatch a step before the last one is read
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def check(self) -> None:
+        self.positive("rows", "length", "page_size", "queue", "budget", "chunk")
+        for name in ("pages", "slots", "slot_bytes", "staging"):
+            self.require(getattr(self, name) >= 0, name, "zero or more")
+        self.require(not (self.slots and self.slot_bytes), "slot_bytes", "0 where slots are given as a count")
+        self.require(self.chunk <= self.length, "chunk", f"at most the {self.length} tokens of a row")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: `readme-jax generate | perplexity | refactor | export`."""
+"""The command line: `readme-jax refactor | generate | perplexity | export | serve | batch`."""
 
 from __future__ import annotations
 

@@ -90,3 +90,33 @@ def export(
         raise typer.BadParameter("give either --run or --checkpoint")
     write(run, checkpoint, out)
     typer.echo(out)
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in the interface.")] = None,
+    gin_file: Annotated[list[str] | None, typer.Option("--gin_file", help="Settings; repeatable.")] = None,
+    gin_param: Annotated[list[str] | None, typer.Option("--gin_param", help="One binding, `Serving.rows=8`.")] = None,
+) -> None:
+    """Serve a model over HTTP to OpenAI's clients, until SIGTERM; requests under way are then finished."""
+    from readme_jax.cli.serve import serve as run
+
+    run(checkpoint, host, port, name, gin_file or (), gin_param or ())
+
+
+@app.command()
+def batch(
+    prompts: Annotated[str, typer.Argument(help='A file of requests, one {"prompt": ...} a line.')],
+    checkpoint: Checkpoint,
+    out: Annotated[str, typer.Option("--out", help="Answers are appended here; those it holds are not asked again.")],
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    gin_file: Annotated[list[str] | None, typer.Option("--gin_file", help="Settings; repeatable.")] = None,
+    gin_param: Annotated[list[str] | None, typer.Option("--gin_param", help="One binding, `Serving.rows=8`.")] = None,
+) -> None:
+    """Answer a file of prompts with the serving engine; interrupted, it goes on where it stopped."""
+    from readme_jax.cli.batch import batch as run
+
+    run(prompts, checkpoint, out, raw, gin_file or (), gin_param or ())

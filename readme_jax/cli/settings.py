@@ -8,7 +8,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ SECTIONS: dict[str, type] = {
 }
 _BOUND: dict[type, Any] = {c: gin.external_configurable(c, module="readme_jax") for c in SECTIONS.values()}
 _RUN = gin.external_configurable(config.Run, module="readme_jax", denylist=list(SECTIONS))
+_SERVING = gin.external_configurable(config.Serving, module="readme_jax")
 _GIN_ERRORS = (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError)
 _INCLUDE = re.compile(r"""\s*include\s+(['"])(.+)\1\s*(#.*)?$""")
 _LOCK = threading.Lock()  # gin's bindings are global
@@ -51,18 +53,31 @@ def load(gin_files: Sequence[str | Path] = (), gin_params: Sequence[str] = ()) -
     Raises ConfigError, one line with the file and line, for a missing file, bad syntax, a misspelt name, and a value
     of the wrong type or out of range.
     """
+    with _parsed(gin_files, gin_params):
+        sections = {name: _plain(_BOUND[c]()) for name, c in SECTIONS.items()}
+        run = _plain(_RUN(**sections))
+        return LoadedRun(run, gin.config_str(), gin.operative_config_str())
+
+
+def load_serving(gin_files: Sequence[str | Path] = (), gin_params: Sequence[str] = ()) -> config.Serving:
+    """The serving engine's settings of gin files and bindings (`Serving.rows = 8`). Raises as `load` does."""
+    with _parsed(gin_files, gin_params):
+        return _plain(_SERVING())
+
+
+@contextmanager
+def _parsed(gin_files: Sequence[str | Path], gin_params: Sequence[str]) -> Iterator[None]:
+    """gin's bindings, in force inside the block; what is wrong with their values is told with its place."""
     with _LOCK:
         gin.clear_config()
         try:
             files = _parse([str(f) for f in gin_files], list(gin_params))
             try:
-                sections = {name: _plain(_BOUND[c]()) for name, c in SECTIONS.items()}
-                run = _plain(_RUN(**sections))
+                yield
             except ConfigError as e:
                 raise ConfigError(_locate(str(e), files, gin_params)) from None
             except (ValueError, TypeError, RecursionError) as e:  # macros and references that lead nowhere
                 raise ConfigError(f"{_condense(e)}: settings are plain values") from None
-            return LoadedRun(run, gin.config_str(), gin.operative_config_str())
         finally:
             gin.clear_config()
 

@@ -1,0 +1,92 @@
+"""Serving simulated at 7B: `python benchmarks/replay.py --part cache|batching|prefetch`.
+
+Azure traces give arrivals and lengths, tuned routers on real text the routes (`results/routes.npz`, which routes.py
+writes), `readme_jax.serving.cost` the seconds. Every scheduler gets the same rows, ring of staging slots and Belady
+cache with roll-out. Writes results/PART.json and PART.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import _batching
+import _cache
+import _prefetch
+from _replay import ROUTERS, SHARED, TRACES, Case
+from _report import RESULTS, write_results
+from rich.console import Console
+from rich.table import Table
+
+from readme_jax.serving.cost import DEVICES, SHAPES
+
+OVERLOAD = 1.2
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows as a table in the terminal."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=title)
+    for row in rows:
+        cells = (row.get(key, "") for key in columns)
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in cells))
+    Console(width=140).print(table)
+
+
+def cache(base: Case, name: str, about: dict[str, Any]) -> None:
+    """cache.json: hit ratios of policies, in overload at 64 tokens a batch, and Table 4."""
+    limits = {(t, r): _cache.saturated(base, t, r) for t in TRACES for r in ROUTERS}
+    rows = _cache.cache_rows(base, limits, OVERLOAD)
+    table4, summary = _cache.table4_rows(), _cache.summary(rows)
+    show("Table 4", table4)
+    show("Belady with roll-out against LRU and the optimum", summary)
+    _cache.plot(rows, RESULTS / f"{name}.png")
+    write_results(name, **about, rows=rows, table4=table4, summary=summary)
+
+
+def batching(base: Case, name: str, about: dict[str, Any], capacity: int, processes: int) -> None:
+    """batching.json: four schedulers on two traces, at three loads, with two routers, resident or not."""
+    rows, ratios = _batching.batching(base, capacity, processes)
+    show("lookahead over the best baseline", ratios)
+    _batching.plot(rows, RESULTS / f"{name}.png")
+    write_results(name, **about, rows=rows, ratios=ratios)
+
+
+def prefetch(base: Case, name: str, about: dict[str, Any]) -> None:
+    """prefetch.json: latency, hidden load time and steps against their limit."""
+    rows = _prefetch.prefetch_rows(base)
+    show("Prefetch", rows)
+    _prefetch.plot(rows, RESULTS / f"{name}.png")
+    write_results(name, **about, rows=rows)
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("cache", "batching", "prefetch"), required=True)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="llama2_7b")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="a100")
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--capacity", type=int, default=3, help="resident experts a layer (batching)")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", help="of the result, when not the part's: another shape or device")
+    args = parser.parse_args()
+    if not (SHARED / "traces").is_dir():
+        parser.exit(1, f"no traces at {SHARED / 'traces'}: set READ_ME_DATA to the folder that holds them\n")
+    base = Case("conv", "label", "decode_first", 64, 3, None, args.shape, args.device, args.requests, args.seed)
+    about = {"shape": args.shape, "device": args.device, "requests": args.requests, "seed": args.seed}
+    name = args.name or args.part
+    if args.part == "cache":
+        cache(base, name, about)
+    elif args.part == "batching":
+        batching(base, name, about, args.capacity, args.processes)
+    else:
+        prefetch(base, name, about)
+
+
+if __name__ == "__main__":
+    main()

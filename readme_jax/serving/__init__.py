@@ -1,0 +1,1 @@
+"""Serving: requests in, tokens out, with routes known before the backbone runs (docs/serving.md)."""

@@ -1,0 +1,100 @@
+"""The compiled shapes: every size that varies between calls is rounded up to one of a few, all known beforehand.
+
+# R rows of the cache, S tokens a row, B rows of a decode call, C tokens of a prefill chunk, P experts present
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from readme_jax.config import Validated
+from readme_jax.errors import ConfigError
+
+CPU_PROGRAMS = 64  # most programs compiled for serving
+GPU_PROGRAMS = 24
+SHORTEST_PROMPT = 64  # tokens of the smallest compiled routing call; the next ones are four times as long
+ATTENDED = 256  # keys of the shortest attention; the next ones are four times as long
+
+
+def bucket(size: int, sizes: Sequence[int], what: str) -> int:
+    """The smallest of the ascending `sizes` that holds `size`. Raises ConfigError where none does."""
+    for each in sizes:
+        if size <= each:
+            return each
+    raise ConfigError(f"{size} {what}: at most {sizes[-1]} are compiled for")
+
+
+def doublings(largest: int, first: int, factor: int = 2) -> tuple[int, ...]:
+    """first, first * factor, ... and at last `largest` itself."""
+    sizes = []
+    while first < largest:
+        sizes.append(first)
+        first *= factor
+    return (*sizes, largest)
+
+
+def present_buckets(experts: int, top_k: int = 1) -> tuple[int, ...]:
+    """Numbers of experts a call is compiled for: 1, 2, 4, all of them, but no fewer than a token needs. (0,) for a
+    dense model."""
+    return (*(n for n in (1, 2, 4) if top_k <= n < experts), experts)
+
+
+@dataclass(frozen=True)
+class Limits(Validated):
+    """How large the cache is, and the sizes that calls are compiled for (ascending, each the bucket of smaller ones).
+
+    `decode` rows of a decode call, `chunks` tokens of a prefill call, `prompts` tokens of a routing call. At
+    `stretches` a row's tokens are cut into arrays of their own: attention reads up to one of these numbers of keys, by
+    branches inside each program. Empty: chosen from rows and length.
+    """
+
+    rows: int  # R
+    length: int  # S, tokens a row
+    chunks: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+    stretches: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        self.positive("rows", "length")
+        chosen = {
+            "chunks": doublings(min(self.length, 256), 16, 4),
+            "decode": doublings(self.rows, 1, 4),
+            "prompts": doublings(self.length, SHORTEST_PROMPT, 4),
+            "stretches": doublings(self.length, ATTENDED, 4),
+        }
+        for name, sizes in chosen.items():
+            given = getattr(self, name)
+            if not given:
+                object.__setattr__(self, name, sizes)
+            self.require(list(given) == sorted(set(given)) and all(n > 0 for n in given), name, "ascending, above zero")
+        self.require(self.chunks[-1] <= self.length, "chunks", f"at most the {self.length} tokens of a row")
+        self.require(self.decode[-1] == self.rows, "decode", f"sizes up to all {self.rows} rows")
+        for name in ("prompts", "stretches"):
+            self.require(getattr(self, name)[-1] == self.length, name, f"sizes up to all {self.length} tokens")
+
+
+def limits_for(rows: int, length: int, chunk: int, platform: str) -> Limits:
+    """Limits of a cache for prefill calls of at most `chunk` tokens, within a platform's bound on programs.
+
+    On CPU a padded row or token costs as much as a real one; other platforms take fewer, coarser sizes.
+    """
+    chunk = min(chunk, length)
+    if platform == "cpu":
+        return Limits(rows, length, chunks=doublings(chunk, min(16, chunk), 4))
+    few = {"decode": (8, rows), "chunks": (64, chunk), "prompts": (512, length)}
+    return Limits(rows, length, **{name: sizes if sizes[0] < sizes[1] else sizes[1:] for name, sizes in few.items()})
+
+
+def decode_shapes(limits: Limits, experts: int, top_k: int) -> list[tuple[int, int]]:
+    """(B, P) of every decode program, ascending in B.
+
+    A call of B rows takes up to twice the experts its rows can name (what they name, and what they may turn to); more
+    are served by the next larger B.
+    """
+    sizes, shapes = present_buckets(experts, top_k), []
+    for rows in limits.decode:
+        most = experts if rows == limits.rows else bucket(min(2 * rows * top_k, experts), sizes, "experts")
+        shapes += [(rows, present) for present in sizes if present <= most]
+    return shapes

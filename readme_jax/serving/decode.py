@@ -1,0 +1,314 @@
+"""One decode step: the last token of each row through the backbone, the next one sampled and routed, in one program.
+
+Activations are feature-major, [D, B], times weights [out, in]: on CPU the fast form for few rows. Caches are read as
+they were and written last, in place, at an index that depends on the sampled tokens: else XLA copies them.
+
+# B rows, D model width, H heads, K kv heads, G query heads a kv head, h head width, S tokens a row, P experts present,
+# Kx experts a token, V vocabulary, R router width
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
+from readme_jax.models import attention
+from readme_jax.models.router import choose
+from readme_jax.models.runtime import Runtime
+from readme_jax.models.segments import Expert
+from readme_jax.serving import attend
+from readme_jax.serving.sampling import Samplings, choose_tokens
+from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
+
+Params = Mapping[str, Any]
+LEFT = ("q", "k", "v")
+
+
+class Shape(NamedTuple):
+    """What a program is compiled for beside its sizes."""
+
+    config: ModelConfig
+    mixture: MixtureConfig | None
+    router: RouterConfig | None
+    runtime: Runtime
+
+    @property
+    def top_k(self) -> int:
+        """Kx: 0 for a dense model."""
+        return self.mixture.top_k if self.mixture else 0
+
+
+class Weights(NamedTuple):
+    """A model's weights but for its experts. `layers` hold attention and norms, `permanent` what every token runs."""
+
+    embed: jax.Array
+    head: jax.Array
+    final_norm: jax.Array
+    layers: tuple[Params, ...]
+    permanent: tuple[Expert | None, ...]
+    router: Params | None
+
+
+class Sampled(NamedTuple):
+    """What a call returns of each of its B rows, on the device: the new token, its log-probability, the best
+    alternatives [B, TOP], and the new token's experts [B, Kx]. `missing` rows needed an expert that was not given:
+    nothing was sampled, nothing of the row has changed, run it again. Rows that were not active mean nothing."""
+
+    tokens: jax.Array
+    logprob: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+    experts: jax.Array
+    missing: jax.Array
+
+
+class Plan(NamedTuple):
+    """Rows sorted by expert present: order [B * Kx] (the row of each sorted one), inverse [B, Kx] (where each went),
+    start and size [P] of each expert's segment, weights [B, Kx]."""
+
+    order: jax.Array
+    inverse: jax.Array
+    start: jax.Array
+    size: jax.Array
+    weights: jax.Array
+
+
+def plan_rows(experts: jax.Array, weights: jax.Array, present: jax.Array, active: jax.Array) -> tuple[Plan, jax.Array]:
+    """Segments of rows with experts [B, Kx] among `present` [P] (of an expert that is repeated only the first), and
+    which rows [B] run: active, with all their experts present. Rows that do not run are in no segment."""
+    match = experts[..., None] == present
+    runs = active & match.any(axis=-1).all(axis=-1)
+    index = jnp.where(runs[:, None], jnp.argmax(match, axis=-1), present.shape[0]).reshape(-1)
+    order = jnp.argsort(index, stable=True)
+    inverse = jnp.argsort(order).reshape(experts.shape)
+    size = jnp.sum(index[:, None] == jnp.arange(present.shape[0]), axis=0, dtype=jnp.int32)
+    return Plan(order // experts.shape[1], inverse, jnp.cumsum(size) - size, size, weights), runs
+
+
+def swiglu(y: jax.Array, w: Expert) -> jax.Array:
+    """Feature-major SwiGLU, [D, N] -> [D, N]."""
+    return w.down @ (jax.nn.silu(w.gate @ y) * (w.up @ y))
+
+
+def expert_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime: Runtime) -> jax.Array:
+    """The weighted sum of each column's experts, [D, B] -> [D, B].
+
+    One expert: plain matmuls. Else `blocks` runs each segment as matmuls over a static number of columns, of which
+    the spare ones are overwritten by the experts that follow; other back ends run every expert over all columns.
+    """
+    if len(experts) == 1:
+        return swiglu(y, experts[0])
+    if runtime.segments != "blocks":
+        return _masked_columns(y, plan, experts)
+    top = plan.order.shape[0]
+    sizes = segment_sizes(top)
+    columns = jnp.pad(jnp.take(y, plan.order, axis=1), ((0, 0), (0, top)))
+    out = jnp.zeros_like(columns)
+
+    def segment(w: Expert, start: jax.Array, size: int) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1)
+        return jnp.pad(swiglu(part, w), ((0, 0), (0, top - size)))
+
+    for p, w in enumerate(experts):
+        start = plan.start[p]
+        branch = sum((plan.size[p] > size).astype(jnp.int32) for size in (0, *sizes[:-1]))
+        nothing = functools.partial(jnp.zeros, (y.shape[0], top), y.dtype)
+        new = jax.lax.switch(branch, [nothing, *(functools.partial(segment, w, start, size) for size in sizes)])
+        out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
+    return _weigh(jnp.take(out, plan.inverse, axis=1), plan)
+
+
+def segment_sizes(columns: int) -> tuple[int, ...]:
+    """Columns of a segment that matmuls are compiled for."""
+    return (*(n for n in (1, 4, 16, 64) if n < columns), columns)
+
+
+def _masked_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert]) -> jax.Array:
+    at = jnp.arange(plan.order.shape[0])[:, None]
+    mine = (at >= plan.start) & (at < plan.start + plan.size)  # [B * Kx, P]
+    weights = plan.weights if plan.weights.shape[1] > 1 else jnp.ones_like(plan.weights)
+    share = jnp.einsum("bkp,bk->pb", mine[plan.inverse].astype(jnp.float32), weights)
+    parts = [swiglu(y, w) * share[p].astype(y.dtype) for p, w in enumerate(experts)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _weigh(pairs: jax.Array, plan: Plan) -> jax.Array:
+    """[D, B, Kx] -> [D, B]; the weight of an only expert is 1."""
+    if pairs.shape[2] == 1:
+        return pairs[:, :, 0]
+    return jnp.sum(pairs * plan.weights.astype(pairs.dtype), axis=2)
+
+
+def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the first axis of [D, B], in float32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)[:, None]).astype(x.dtype)
+
+
+class Step(NamedTuple):
+    """What the layers of one step share: rotary cos and sin [h/2, B], positions [B] and how many keys are read."""
+
+    cos: jax.Array
+    sin: jax.Array
+    positions: jax.Array
+    reach: jax.Array
+
+
+def _attention(
+    shape: Shape, p: Params, x: jax.Array, cache: Cache, step: Step
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [D, B] plus self-attention, and the tokens' keys and values [B, K, h]."""
+    c, rows = shape.config, x.shape[1]
+    y = _norm(x, p["attn_norm"], c.norm_eps)
+    q, k, v = (rearrange(p[n] @ y, "(n h) b -> n h b", h=c.head_dim) for n in LEFT)
+    q, k = (attend.turn(z, step.cos, step.sin, axis=1) for z in (q, k))
+    q = rearrange(q, "(k g) h b -> b k g h", k=c.num_kv_heads)
+    k, v = (rearrange(z, "k h b -> b k h").astype(cache.keys[0].dtype) for z in (k, v))
+    window = c.sliding_window
+
+    def seen(slots: jax.Array) -> jax.Array:  # the token before this one sees as far as this one's window but itself
+        return attention.visible(step.positions[:, None] - 1, slots, window and window - 1)[:, None, None]
+
+    past = attend_cached(q, cache, lambda a: a[:rows], seen, step.reach)
+    out = attend.merge(past, attend.attend_self(q, k, v, None)).astype(x.dtype)
+    return x + p["o"] @ rearrange(out, "b k g h -> (k g h) b"), k, v
+
+
+def decode_step(
+    shape: Shape,
+    weights: Weights,
+    experts: Sequence[Sequence[Expert]],
+    state: State,
+    active: jax.Array,
+    present: jax.Array,
+    sampling: Samplings,
+) -> tuple[State, Sampled]:
+    """Run the last token of rows 0 .. B and choose and route the next; see `Programs.decode`.
+
+    active [B] bool, present [P] int32 names `experts`, which has an entry a layer (of none: a dense model).
+    """
+    c, rows = shape.config, active.shape[0]
+    positions = state.position[:rows]
+    active = active & (positions < state.layers[0].length)
+    plan, runs = None, active
+    if shape.mixture:
+        plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active)
+    freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    angles = freqs[:, None] * positions.astype(jnp.float32)
+    step = Step(jnp.cos(angles), jnp.sin(angles), positions, jnp.max(jnp.where(runs, positions, 0)))
+    x = weights.embed[state.token[:rows]].T
+    new = []
+    for i, p in enumerate(weights.layers):
+        with jax.named_scope("attention"):
+            x, k, v = _attention(shape, p, x, state.layers[i], step)
+        new.append((k, v))
+        y = _norm(x, p["ffn_norm"], c.norm_eps)
+        with jax.named_scope("feed_forward"):
+            always = weights.permanent[i]
+            if always is not None:
+                x = x + swiglu(y, always)
+            if plan is not None:
+                x = x + expert_columns(y, plan, experts[i], shape.runtime)
+    with jax.named_scope("sample"):
+        logits = (weights.head @ _norm(x, weights.final_norm, c.norm_eps)).T.astype(jnp.float32)
+        chosen = choose_tokens(logits, sampling, positions + 1)
+    at = jnp.arange(rows)
+    following = jnp.where(runs, positions + 1, 0)
+    routed = route_next(shape, weights.router, state.router, chosen.tokens, following, lambda a: a[:rows])
+    state = advance(state, at, runs, chosen.tokens, positions + 1, routed, new)
+    return state, Sampled(*chosen, routed.experts, active & ~runs)
+
+
+class Routed(NamedTuple):
+    """Experts and weights [B, Kx] of new tokens, and the router's keys and values [B, Hr, hr] of them."""
+
+    experts: jax.Array
+    weights: jax.Array
+    key: jax.Array | None
+    value: jax.Array | None
+
+
+def _affine(p: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    return p["w"] @ x + p["b"][:, None]
+
+
+def route_next(
+    shape: Shape,
+    p: Params | None,
+    cache: Cache | None,
+    tokens: jax.Array,
+    positions: jax.Array,
+    pick: Callable[[jax.Array], jax.Array],
+) -> Routed:
+    """Route one new token of each row: tokens and positions [B]; `pick` takes the rows of a cached array [R, ...].
+
+    The equations are those of `models.router.route_logits`, over the state's cache.
+    """
+    r, rows = shape.router, tokens.shape[0]
+    if r is None:
+        ones = jnp.ones((rows, shape.top_k), jnp.float32)
+        return Routed(jnp.zeros((rows, shape.top_k), jnp.int32), ones, None, None)
+    assert p is not None and cache is not None
+    with jax.named_scope("route"):
+        freqs = attention.rotary_frequencies(r.head_dim, r.rope_theta, None)
+        angles = freqs[:, None] * positions.astype(jnp.float32)
+        x = p["embed"][tokens].T
+        y = _norm(x, p["attn_norm"], r.norm_eps)
+        q, k, v = (rearrange(_affine(p[n], y), "(n h) b -> n h b", h=r.head_dim) for n in LEFT)
+        q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=1) for z in (q, k))
+        q = rearrange(q, "n h b -> b n 1 h")
+        k, v = (rearrange(z, "n h b -> b n h") for z in (k, v))
+
+        def seen(slots: jax.Array) -> jax.Array:
+            return (slots < positions[:, None])[:, None, None]
+
+        past = attend_cached(q, cache, pick, seen, jnp.max(positions), r.logit_divisor)
+        out = attend.merge(past, attend.attend_self(q, k, v, r.logit_divisor))
+        x = x + _affine(p["o"], rearrange(out, "b n 1 h -> (n h) b"))
+        y = _norm(x, p["mlp_norm"], r.norm_eps)
+        x = x + _affine(p["down"], jax.nn.silu(_affine(p["up"], y)))
+        logits = _affine(p["head"], _norm(x, p["final_norm"], r.norm_eps)).T
+        return Routed(*choose(logits, shape.top_k), k, v)
+
+
+def advance(
+    state: State,
+    rows: jax.Array,
+    runs: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    routed: Routed,
+    new: Sequence[tuple[jax.Array, jax.Array]] = (),
+) -> State:
+    """The state with `rows` [B], where it `runs` [B], at the new tokens [B], which have `positions` [B], and their
+    routes; `new` are keys and values [B, K, h] a layer of the tokens before them.
+
+    Tokens and experts are never negative: adding the lesser of them and 0 to an index orders writes after all reads.
+    """
+    layers, router = state.layers, state.router
+    if new:
+        layers = write_tokens(layers, new, rows, positions - 1 + jnp.minimum(tokens, 0), runs)
+    if router is not None:
+        assert routed.key is not None and routed.value is not None
+        at = positions + jnp.minimum(routed.experts[:, 0], 0)
+        (router,) = write_tokens([router], [(routed.key, routed.value)], rows, at, runs)
+
+    def update(old: jax.Array, values: jax.Array) -> jax.Array:
+        mask = runs.reshape(-1, *[1] * (values.ndim - 1))
+        return old.at[rows].set(jnp.where(mask, values, old[rows]).astype(old.dtype))
+
+    return State(
+        layers,
+        router,
+        update(state.token, tokens),
+        update(state.position, positions),
+        update(state.experts, routed.experts),
+        update(state.weights, routed.weights),
+    )

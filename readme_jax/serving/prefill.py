@@ -1,0 +1,226 @@
+"""A chunk of one row's prompt through the backbone; routing of a whole prompt on its arrival.
+
+Activations are token-major, [C, D]. The cache is read as it was and written last, in place (see `decode`).
+
+# C tokens of a chunk, D model width, H heads, K kv heads, G query heads a kv head, h head width, S tokens a row,
+# P experts present, Kx experts a token, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from readme_jax.models import attention
+from readme_jax.models.feed_forward import feed_forward, linear
+from readme_jax.models.llama import rms_norm
+from readme_jax.models.router import choose, route_logits
+from readme_jax.models.segments import Expert, RoutePlan, grouped_ffn, plan_routes
+from readme_jax.serving import attend
+from readme_jax.serving.decode import LEFT, Params, Sampled, Shape, Weights, advance, route_next
+from readme_jax.serving.sampling import TOP, Samplings, best, choose_tokens
+from readme_jax.serving.state import Cache, State, attend_cached, write_chunk
+
+QUERIES = 128  # of a block of the chunk's attention to itself
+SCORED = 64  # positions whose logits are held at once when a prompt is scored
+
+
+class Chunk(NamedTuple):
+    """Tokens `start` .. `start + count` of a row: NumPy arrays, or traced ones. Arrays [C], routes [C, Kx], of which
+    `count` are real; routes of the others name no expert (-1). `targets` [C] are the tokens to score: each position's
+    successor."""
+
+    row: Any
+    start: Any
+    count: Any
+    tokens: Any
+    experts: Any
+    weights: Any
+    targets: Any
+    last: Any  # bool: the prompt ends here: choose the next token
+    scored: Any  # bool: return what the model thought of targets
+
+
+class Scores(NamedTuple):
+    """What the model thought of a chunk's targets: log-probability [C], and the best alternatives [C, TOP]."""
+
+    logprob: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+
+
+class PromptRoutes(NamedTuple):
+    """Experts and weights [T, Kx] of a prompt's tokens, and the router's keys [1, Hr, hr, T] and values [1, Hr, T, hr]
+    of them."""
+
+    experts: jax.Array
+    weights: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+def prefill_chunk(
+    shape: Shape,
+    weights: Weights,
+    experts: Sequence[Sequence[Expert]],
+    state: State,
+    chunk: Chunk,
+    present: jax.Array,
+    sampling: Samplings,
+) -> tuple[State, Sampled, Scores]:
+    """Write the keys and values of a chunk; see `Programs.prefill`. Arrays of `Sampled` have one row."""
+    c = shape.config
+    plan = None
+    if shape.mixture:
+        plan = _plan(chunk, present, weighted=shape.top_k > 1)
+    freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    positions = chunk.start + jnp.arange(chunk.tokens.shape[0])
+    x = weights.embed[chunk.tokens]
+    new = []
+    for i, p in enumerate(weights.layers):
+        with jax.named_scope("attention"):
+            x, k, v = _attention(shape, p, x, state.layers[i], chunk, positions, freqs)
+        new.append((k, v))
+        with jax.named_scope("feed_forward"):
+            y = rms_norm(x, p["ffn_norm"], c.norm_eps)
+            always = weights.permanent[i]
+            if always is not None:
+                x = x + feed_forward(always._asdict(), y)
+            if plan is not None:
+                x = x + grouped_ffn(y, plan, experts[i], shape.runtime.segments)
+    x = rms_norm(x, weights.final_norm, c.norm_eps)
+    state, sampled = _finish(shape, weights, state, chunk, sampling, x)
+    scores = jax.lax.cond(chunk.scored, lambda: _score(x, weights.head, chunk.targets), lambda: _unscored(x))
+    after = jnp.minimum(jnp.argmax(x[0]).astype(jnp.int32), 0)  # zero: this orders writes after reads
+    layers = tuple(
+        write_chunk(cache, k, v, chunk.row, chunk.start + after, chunk.count)
+        for cache, (k, v) in zip(state.layers, new, strict=True)
+    )
+    return replace(state, layers=layers), sampled, scores
+
+
+def _plan(chunk: Chunk, present: jax.Array, weighted: bool) -> RoutePlan:
+    """Tokens sorted by expert present; of one that is repeated only the first is used."""
+    match = chunk.experts[..., None] == present
+    index = jnp.where(match.any(axis=-1), jnp.argmax(match, axis=-1), present.shape[0])
+    return plan_routes(index.astype(jnp.int32), present.shape[0], chunk.weights if weighted else None)
+
+
+def _attention(
+    shape: Shape,
+    p: Params,
+    x: jax.Array,
+    cache: Cache,
+    chunk: Chunk,
+    positions: jax.Array,
+    freqs: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [C, D] plus self-attention, and the chunk's keys [1, K, h, C] and values [1, K, C, h]."""
+    c = shape.config
+    y = rms_norm(x, p["attn_norm"], c.norm_eps)
+    angles = positions.astype(jnp.float32)[:, None, None] * freqs
+    q, k, v = (rearrange(linear(y, p[n]), "t (n h) -> t n h", h=c.head_dim) for n in LEFT)
+    q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=2) for z in (q, k))
+    q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=c.num_kv_heads)
+    k = rearrange(k, "t k h -> 1 k h t").astype(cache.keys[0].dtype)
+    v = rearrange(v, "t k h -> 1 k t h").astype(cache.keys[0].dtype)
+    group = c.num_heads // c.num_kv_heads
+    at = jnp.repeat(positions, group)[:, None]
+
+    def seen(slots: jax.Array) -> jax.Array:
+        return attention.visible(at, slots, c.sliding_window) & (slots < chunk.start)
+
+    own = _own(q, k, v, at, positions, group, c.sliding_window)
+    past = jax.lax.cond(
+        chunk.start > 0,
+        lambda: attend_cached(q, cache, _row(chunk.row), seen, chunk.start),
+        lambda: attend.Part(jnp.zeros_like(own.out), jnp.zeros_like(own.total), jnp.full_like(own.largest, -1e30)),
+    )
+    out = rearrange(attend.merge(past, own).astype(x.dtype), "1 k (t g) h -> t (k g h)", g=group)
+    return x + linear(out, p["o"]), k, v
+
+
+def _own(
+    q: jax.Array, k: jax.Array, v: jax.Array, at: jax.Array, positions: jax.Array, group: int, window: int | None
+) -> attend.Part:
+    """The chunk's causal attention to itself, in static blocks of queries that see only keys up to their end."""
+    parts = []
+    for start in range(0, positions.shape[0], QUERIES):
+        stop = min(start + QUERIES, positions.shape[0])
+        rows = slice(start * group, stop * group)
+        seen = attention.visible(at[rows], positions[:stop], window)
+        parts.append(attend.attend(q[:, :, rows], k[..., :stop], v[:, :, :stop], seen, None))
+    return attend.Part(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
+
+
+def _row(row: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Takes one row of an array [R, ...]."""
+    return lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=0)
+
+
+def _finish(
+    shape: Shape, weights: Weights, state: State, chunk: Chunk, sampling: Samplings, x: jax.Array
+) -> tuple[State, Sampled]:
+    """Choose and route the next token when the prompt ends here, and set the row's last token to it.
+
+    Before that only the row's position is set, to the end of what is written.
+    """
+    end = (chunk.start + chunk.count)[None]
+
+    def choose_next() -> tuple[Any, Any]:
+        hidden = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=0)
+        chosen = choose_tokens(linear(hidden, weights.head).astype(jnp.float32), sampling, end)
+        return chosen, route_next(shape, weights.router, state.router, chosen.tokens, end, _row(chunk.row))
+
+    def nothing() -> tuple[Any, Any]:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose_next))
+
+    chosen, routed = jax.lax.cond(chunk.last, choose_next, nothing)
+    state = advance(state, chunk.row[None], chunk.last[None], chosen.tokens, end, routed)
+    state = replace(state, position=state.position.at[chunk.row].set(end[0]))
+    top = (chosen.top_tokens, chosen.top_logprobs)
+    return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool))
+
+
+def _score(x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
+    """Log-probabilities of `targets` [C] after hidden states x [C, D], a block of positions at a time."""
+    step = min(SCORED, x.shape[0])
+
+    def block(i: jax.Array, scores: Scores) -> Scores:
+        first = jnp.minimum(i * step, x.shape[0] - step)
+        hidden = jax.lax.dynamic_slice_in_dim(x, first, step, axis=0)
+        wanted = jax.lax.dynamic_slice_in_dim(targets, first, step, axis=0)
+        logits = linear(hidden, head).astype(jnp.float32)
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        values, tokens = best(logits)
+        own = jnp.take_along_axis(logits, wanted[:, None], axis=-1) - total
+        new = Scores(own[:, 0], tokens, values - total)
+        return Scores(
+            *(jax.lax.dynamic_update_slice_in_dim(a, b, first, axis=0) for a, b in zip(scores, new, strict=True))
+        )
+
+    return jax.lax.fori_loop(0, -(-x.shape[0] // step), block, _unscored(x))
+
+
+def _unscored(x: jax.Array) -> Scores:
+    chunk = x.shape[0]
+    return Scores(jnp.zeros(chunk), jnp.zeros((chunk, TOP), jnp.int32), jnp.zeros((chunk, TOP)))
+
+
+def route_prompt(shape: Shape, p: Params, tokens: jax.Array, count: jax.Array) -> PromptRoutes:
+    """Route a prompt of `count` tokens, padded to [T]. Must run under a mesh (of one device)."""
+    r = shape.router
+    assert r is not None
+    valid = (jnp.arange(tokens.shape[0]) < count)[None]
+    experts, weights = choose(route_logits(p, r, tokens[None], valid, None)[0][0], shape.top_k)
+    y = rms_norm(p["embed"][tokens], p["attn_norm"], r.norm_eps)  # one block: its keys need no attention
+    k, v = (rearrange(y @ p[n]["w"].T + p[n]["b"], "t (n h) -> t n h", h=r.head_dim) for n in LEFT[1:])
+    freqs = attention.rotary_frequencies(r.head_dim, r.rope_theta, None)
+    angles = jnp.arange(tokens.shape[0], dtype=jnp.float32)[:, None, None] * freqs
+    k = attend.turn(k, jnp.cos(angles), jnp.sin(angles), axis=2)
+    return PromptRoutes(experts, weights, rearrange(k, "t n h -> 1 n h t"), rearrange(v, "t n h -> 1 n t h"))

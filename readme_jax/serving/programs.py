@@ -1,0 +1,310 @@
+"""The jitted calls of serving: route a prompt, prefill a chunk, decode a step, copy a row. No request logic.
+
+Each is compiled ahead of time for the shapes of `Limits`, unrolled over layers, with the arrays of the experts present
+as arguments. State and what is sampled stay on the device, so a call may be made before the last one's tokens are read.
+
+# R rows of the cache, S tokens a row, B rows of a decode call, C tokens of a chunk, P experts present, Kx experts a
+# token (0: a dense model), T tokens of a prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from readme_jax import config
+from readme_jax.checkpoints.hf import Dense
+from readme_jax.checkpoints.mixture import Mixture
+from readme_jax.errors import CheckpointError, ConfigError
+from readme_jax.models.llama import head_weight
+from readme_jax.models.runtime import Runtime, runtime_for
+from readme_jax.models.segments import Expert
+from readme_jax.parallel.mesh import make_mesh
+from readme_jax.serving import decode as decoding
+from readme_jax.serving import prefill as prefilling
+from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, bucket, decode_shapes, present_buckets
+from readme_jax.serving.decode import Sampled, Shape, Weights
+from readme_jax.serving.prefill import Chunk, Scores
+from readme_jax.serving.sampling import Samplings
+from readme_jax.serving.state import State, copy_rows, empty_state, insert_routed
+from readme_jax.serving.store import ExpertStore
+
+Present = Sequence[Sequence[Expert]]  # what `ExpertStore.present` returns
+BLOCK_WEIGHTS = ("attn_norm", "q", "k", "v", "o", "ffn_norm")
+
+
+class Routed(NamedTuple):
+    """A routed prompt: experts and weights [T, Kx] on the host, the router's keys and values on the device."""
+
+    experts: np.ndarray
+    weights: np.ndarray
+    keys: jax.Array | None
+    values: jax.Array | None
+
+
+class Programs:
+    """Compiled calls over one model. `compilations` counts programs compiled, `planned` is how many there can be."""
+
+    def __init__(
+        self,
+        model: Dense | Mixture,
+        store: ExpertStore,
+        limits: Limits,
+        runtime: Runtime | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        """`mesh` (default: the first device) is of one device, the store's.
+
+        Raises CheckpointError for a mixture without its router, ConfigError when the limits do not fit the model or
+        need more programs than a platform's bound.
+        """
+        mixture = model if isinstance(model, Mixture) else None
+        if mixture is not None and mixture.router is None and mixture.mixture.num_experts > 1:
+            raise CheckpointError(f"a mixture of {mixture.mixture.num_experts} experts needs a router to serve")
+        if limits.length > model.config.max_position:
+            raise ConfigError(f"Limits.length = {limits.length}: the model takes {model.config.max_position} tokens")
+        runtime = runtime_for(config.Model()) if runtime is None else runtime
+        self.mesh = make_mesh(config.Mesh(), jax.devices()[:1]) if mesh is None else mesh
+        if self.mesh.size != 1:
+            raise ConfigError(f"a mesh of {self.mesh.size} devices: serving runs on one")
+        self.limits, self.store, self.config = limits, store, model.config
+        self.shape = Shape(
+            model.config,
+            mixture.mixture if mixture else None,
+            mixture.router_config if mixture else None,
+            replace(runtime, layout="unrolled", remat=False),
+        )
+        self.device = self.mesh.devices.item()
+        self._placed = SingleDeviceSharding(self.device)
+        self.weights = self._place(model, store)
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.planned = len(self._all())
+        most = CPU_PROGRAMS if self.device.platform == "cpu" else GPU_PROGRAMS
+        if self.planned > most:
+            raise ConfigError(f"{self.planned} programs, {most} at most: give fewer Limits.chunks or Limits.decode")
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
+    def new_state(self) -> State:
+        """An empty state of R rows."""
+        return jax.jit(self._empty_state, out_shardings=self._placed)()
+
+    def route(self, tokens: Sequence[int]) -> Routed:
+        """Route a whole prompt on its arrival. Raises ConfigError when it is longer than a row."""
+        count, kx = len(tokens), self.shape.top_k
+        size = bucket(count, self.limits.prompts, "tokens of a prompt")
+        if self.shape.router is None:
+            return Routed(np.zeros((count, kx), np.int32), np.ones((count, kx), np.float32), None, None)
+        padded = np.zeros(size, np.int32)
+        padded[:count] = tokens
+        out = self._program("route", size)(self.weights.router, padded, np.int32(count))
+        return Routed(np.asarray(out.experts)[:count], np.asarray(out.weights)[:count], out.keys, out.values)
+
+    def insert(self, state: State, row: int, routed: Routed) -> State:
+        """The state with the router's cache of a prompt in a row; before the row's first `prefill`. Uses `state` up."""
+        if routed.keys is None or state.router is None:
+            return state
+        program = self._program("insert", routed.keys.shape[3])
+        return replace(state, router=program(state.router, np.int32(row), routed.keys, routed.values))
+
+    def prefill(
+        self,
+        state: State,
+        row: int,
+        tokens: np.ndarray,
+        start: int,
+        routes: np.ndarray,
+        route_weights: np.ndarray,
+        experts: Sequence[int],
+        weights: Present,
+        sampling: Samplings | None = None,
+        last: bool = False,
+        targets: np.ndarray | None = None,
+    ) -> tuple[State, Sampled | None, Scores | None]:
+        """Run tokens `start` .. `start + C` of a row, C at most the largest of `Limits.chunks`. Uses `state` up.
+
+        `routes` and `route_weights` [C, Kx] are the tokens' (from `route`), `experts` those present and `weights` what
+        `store.present(experts)` gave. With `last` the next token is sampled with `sampling` (one row; default greedy),
+        routed, and set as the row's last: `Sampled` of one row. With `targets` [C], the successor of each token,
+        `Scores` holds what the model thought of them (the first C of the returned arrays). Raises ConfigError when a
+        route names an expert that is not present, or the chunk passes the row's end.
+        """
+        count = len(tokens)
+        size = bucket(count, self.limits.chunks, "tokens of a chunk")
+        if start + count > self.limits.length:
+            raise ConfigError(f"tokens {start} to {start + count}: a row holds {self.limits.length}")
+        absent = set(np.unique(routes).tolist()) - set(experts)
+        if absent:
+            raise ConfigError(f"tokens of experts {sorted(absent)}, but only {sorted(set(experts))} are present")
+        kx = self.shape.top_k
+        chunk = Chunk(
+            np.int32(row),
+            np.int32(start),
+            np.int32(count),
+            _padded(tokens, size, 0, np.int32),
+            _padded(routes, size, -1, np.int32).reshape(size, kx),
+            _padded(route_weights, size, 1, np.float32).reshape(size, kx),
+            _padded(tokens if targets is None else targets, size, 0, np.int32),
+            np.bool_(last),
+            np.bool_(targets is not None),
+        )
+        present = self._present(experts)
+        program = self._program("prefill", size, len(present))
+        sampling = Samplings.greedy(1) if sampling is None else sampling
+        state, sampled, scores = program(self.weights, weights, state, chunk, present, sampling)
+        return state, sampled if last else None, None if targets is None else scores
+
+    def decode(
+        self, state: State, active: np.ndarray, experts: Sequence[int], weights: Present, sampling: Samplings
+    ) -> tuple[State, Sampled]:
+        """Run the last token of the rows 0 .. B that are `active` [B] bool and sample, and route, the next. Uses
+        `state` up.
+
+        `experts` are those present, `weights` what `store.present(experts)` gave; `sampling` has B rows. The arrays of
+        `Sampled` may have more rows than B. Rows whose token needs another expert are returned as `missing`.
+        """
+        present = self._present(experts)
+        rows = self._rows(len(active), len(present))
+        program = self._program("decode", rows, len(present))
+        mask = np.zeros(rows, bool)
+        mask[: len(active)] = active
+        return program(self.weights, weights, state, mask, present, sampling.padded(rows))
+
+    def copy_row(self, state: State, source: int, target: int, length: int) -> State:
+        """The first `length` tokens of row `source` copied to `target`. Uses `state` up.
+
+        With a length of S (or past the row's position) the whole row moves, its last token and route included, as
+        known to the device.
+        """
+        return self._program("copy")(state, np.int32(source), np.int32(target), np.int32(length))
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Compile every program; returns how many there are. `progress(done, total)` is called after each."""
+        keys = self._all()
+        for done, key in enumerate(keys, start=1):
+            self._program(*key)
+            if progress is not None:
+                progress(done, len(keys))
+        return len(keys)
+
+    # --- shapes ---------------------------------------------------------------------------------------------------
+
+    def _present_sizes(self) -> tuple[int, ...]:
+        return present_buckets(self.store.num_experts, self.shape.top_k)
+
+    def _present(self, experts: Sequence[int]) -> np.ndarray:
+        return np.asarray(self.store.padded(experts), np.int32)
+
+    def _rows(self, rows: int, present: int) -> int:
+        """The smallest compiled decode call of at least `rows` rows with that many experts present."""
+        for size, experts in self._decode_shapes():
+            if size >= rows and experts == present:
+                return size
+        raise ConfigError(f"{rows} rows: the cache has {self.limits.rows}")
+
+    def _decode_shapes(self) -> list[tuple[int, int]]:
+        return decode_shapes(self.limits, self.store.num_experts, self.shape.top_k)
+
+    def _all(self) -> list[tuple[Any, ...]]:
+        keys: list[tuple[Any, ...]] = [("decode", *shape) for shape in self._decode_shapes()]
+        keys += [("prefill", chunk, present) for chunk in self.limits.chunks for present in self._present_sizes()]
+        if self.shape.router is not None:
+            keys += [(name, size) for size in self.limits.prompts for name in ("route", "insert")]
+        return [*keys, ("copy",)]
+
+    # --- compiling ------------------------------------------------------------------------------------------------
+
+    def _program(self, name: str, *sizes: int) -> Callable[..., Any]:
+        key = (name, *sizes)
+        if key not in self._programs:
+            function, arguments, donated = getattr(self, f"_{name}_program")(*sizes)
+            with jax.set_mesh(self.mesh):
+                self._programs[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        return self._programs[key]
+
+    def _abstract(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._placed), tree)
+
+    def _empty_state(self) -> State:
+        s, limits = self.shape, self.limits
+        return empty_state(s.config, s.router, s.top_k, limits.rows, limits.stretches, s.runtime.dtype)
+
+    def _abstract_state(self) -> State:
+        return self._abstract(jax.eval_shape(self._empty_state))
+
+    def _abstract_experts(self, present: int) -> list[list[Any]]:
+        return [[self._abstract(self.store.like)] * present for _ in range(self.config.num_layers)]
+
+    def _decode_program(self, rows: int, present: int) -> tuple[Any, Any, Any]:
+        arguments = (
+            self._abstract(self.weights),
+            self._abstract_experts(present),
+            self._abstract_state(),
+            np.zeros(rows, bool),
+            np.zeros(present, np.int32),
+            Samplings.greedy(rows),
+        )
+        return partial(decoding.decode_step, self.shape), arguments, (2,)
+
+    def _prefill_program(self, size: int, present: int) -> tuple[Any, Any, Any]:
+        zero, tokens = np.int32(0), np.zeros(size, np.int32)
+        routes = np.zeros((size, self.shape.top_k), np.int32)
+        weights = routes.astype(np.float32)
+        chunk = Chunk(zero, zero, zero, tokens, routes, weights, tokens, np.bool_(0), np.bool_(0))
+        arguments = (
+            self._abstract(self.weights),
+            self._abstract_experts(present),
+            self._abstract_state(),
+            chunk,
+            np.zeros(present, np.int32),
+            Samplings.greedy(1),
+        )
+        return partial(prefilling.prefill_chunk, self.shape), arguments, (2,)
+
+    def _route_program(self, size: int) -> tuple[Any, Any, Any]:
+        arguments = (self._abstract(self.weights.router), np.zeros(size, np.int32), np.int32(0))
+        return partial(prefilling.route_prompt, self.shape), arguments, ()
+
+    def _insert_program(self, size: int) -> tuple[Any, Any, Any]:
+        r = self.shape.router
+        assert r is not None
+        keys = jax.ShapeDtypeStruct((1, r.num_heads, r.head_dim, size), jnp.float32, sharding=self._placed)
+        values = jax.ShapeDtypeStruct((1, r.num_heads, size, r.head_dim), jnp.float32, sharding=self._placed)
+        return insert_routed, (self._abstract_state().router, np.int32(0), keys, values), (0,)
+
+    def _copy_program(self) -> tuple[Any, Any, Any]:
+        zero = np.int32(0)
+        return copy_rows, (self._abstract_state(), zero, zero, zero), (0,)
+
+    def _place(self, model: Dense | Mixture, store: ExpertStore) -> Weights:
+        """The model's weights but for its experts on the device, in the runtime's number format (router: float32)."""
+
+        def put(w: Any, dtype: Any) -> jax.Array:
+            return jax.device_put(jnp.asarray(w, dtype), self._placed)
+
+        p, dtype = model.params, self.shape.runtime.dtype
+        embed = put(p["embed"], dtype)
+        head = embed if "lm_head" not in p else put(head_weight(p), dtype)
+        layers = tuple(
+            {n: put(p[f"layers_{i}"][n], dtype) for n in BLOCK_WEIGHTS} for i in range(model.config.num_layers)
+        )
+        router = model.router if isinstance(model, Mixture) else None
+        router = None if router is None else jax.tree.map(lambda w: put(w, jnp.float32), dict(router))
+        return Weights(embed, head, put(p["final_norm"], dtype), layers, tuple(store.permanent), router)
+
+
+def _padded(values: Any, size: int, fill: float, dtype: Any) -> np.ndarray:
+    values = np.asarray(values, dtype)
+    out = np.full((size, *values.shape[1:]), fill, dtype)
+    out[: len(values)] = values
+    return out

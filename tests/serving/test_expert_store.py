@@ -1,0 +1,114 @@
+"""Where experts' weights lie, and what is counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from readme_jax.errors import ConfigError
+from readme_jax.models.experts import layer_experts
+from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, decode_shapes, limits_for, present_buckets
+from readme_jax.serving.store import PARTS, ExpertStore
+
+
+def kinds_of_memory(store: ExpertStore, experts: tuple[int, ...]) -> set[str]:
+    arrays = [w for layer in store.present(experts) for expert in layer for w in expert]
+    arrays += [w for part in store.permanent if part is not None for w in part]
+    return {w.sharding.memory_kind for w in arrays}
+
+
+@pytest.mark.parametrize("kind", ["top1", "tied", "own_rows", "dense"])
+@pytest.mark.parametrize("slots", [None, 2])
+def test_arrays_are_the_models_and_lie_in_device_memory(tiny_model, kind, slots):
+    model = tiny_model(kind)
+    if kind == "dense":
+        store = ExpertStore(model, slots)
+        assert store.present(()) == [[]] * model.config.num_layers
+        np.testing.assert_array_equal(store.permanent[1].up, model.params["layers_1"]["ffn"]["up"])
+        return
+    store = ExpertStore(model, slots)
+    for layer in range(model.config.num_layers):
+        for expert in (2, 0):
+            store.load(layer, expert)
+    assert kinds_of_memory(store, (2, 0)) == {"device"}
+    for i, given in enumerate(store.present((2, 0))):
+        name = f"layers_{i}"
+        permanent, experts = layer_experts(model.params[name], model.channels[name], model.mixture)
+        for e, arrays in zip((2, 0), given, strict=True):
+            for part, array in zip(PARTS, arrays, strict=True):
+                np.testing.assert_array_equal(array, experts[e][part])
+        assert (permanent is None) == (store.permanent[i] is None)
+        if permanent is not None:
+            np.testing.assert_array_equal(store.permanent[i].down, permanent["down"])
+
+
+def test_slots_are_loaded_dropped_and_counted(tiny_model):
+    store = ExpertStore(tiny_model("top1"), slots=2)
+    empty = store.device_bytes()
+    store.load(0, 1)
+    store.load(0, 1)
+    store.load(0, 2)
+    assert (store.loads, store.bytes_loaded) == (2, 2 * store.expert_bytes)
+    assert store.device_bytes() == empty + 2 * store.expert_bytes
+    assert store.on_device(0) == {1, 2} and store.on_device(1) == frozenset()
+    with pytest.raises(ConfigError, match="all 2 slots"):
+        store.load(0, 0)
+    store.drop(0, 1)
+    store.load(0, 0)
+    assert store.on_device(0) == {0, 2}
+    with pytest.raises(ConfigError, match="layer 0: expert 1 is not on the device"):
+        store.present((1,))
+
+
+def test_staged_experts_leave_oldest_first_and_can_become_resident(tiny_model):
+    store = ExpertStore(tiny_model("top1"), slots=1, staging=1)
+    store.load(0, 0)
+    store.stage(0, 0)
+    assert store.loads == 1
+    store.stage(0, 1)
+    store.stage(0, 2)
+    assert store.on_device(0) == {0, 2} and store.loads == 3
+    store.drop(0, 0)
+    store.load(0, 2)  # taken over: no copy
+    assert store.loads == 3 and store.on_device(0) == {2}
+
+
+def test_present_experts_are_padded_by_repeating(tiny_model):
+    store = ExpertStore(tiny_model("top1"))  # 3 experts
+    assert store.padded((2,)) == (2,)
+    assert store.padded((2, 1)) == (2, 1)
+    assert store.padded([0, 2, 1]) == (0, 2, 1)
+    pairs = ExpertStore(tiny_model("top2"))
+    assert pairs.padded((1,)) == (1, 1)
+    assert pairs.present((1,))[0][0] is pairs.present((1,))[0][1]
+
+
+def test_too_few_slots_for_a_token_are_refused(tiny_model):
+    with pytest.raises(ConfigError, match="a token needs 2 experts"):
+        ExpertStore(tiny_model("top2"), slots=1)
+    assert ExpertStore(tiny_model("top2"), slots=1, staging=1).slots == 1
+    with pytest.raises(ConfigError, match="nothing can stream"):
+        ExpertStore(tiny_model("top1"), slots=1).stage(0, 0)
+    with pytest.raises(ConfigError, match="resident"):
+        ExpertStore(tiny_model("top1")).drop(0, 0)
+
+
+@pytest.mark.parametrize("rows, length, chunk", [(1, 16, 16), (16, 2048, 256), (64, 2048, 256), (256, 8192, 1024)])
+@pytest.mark.parametrize("experts, top_k", [(0, 0), (1, 1), (7, 1), (7, 2), (16, 2)])
+def test_limits_stay_within_a_platforms_programs(rows, length, chunk, experts, top_k):
+    for platform, most in (("cpu", CPU_PROGRAMS), ("gpu", GPU_PROGRAMS)):
+        limits = limits_for(rows, length, chunk, platform)
+        decodes = decode_shapes(limits, experts, top_k)
+        prefills = len(limits.chunks) * len(present_buckets(experts, top_k))
+        assert len(decodes) + prefills + 2 * len(limits.prompts) + 1 <= most
+        assert (rows, experts) in decodes  # a full batch of any experts has a program
+
+
+@pytest.mark.parametrize(
+    "sizes, said",
+    [({"decode": (2,)}, "decode"), ({"chunks": (8, 4)}, "chunks"), ({"chunks": (64,)}, "chunks")]
+    + [({"rows": 0}, "rows"), ({"stretches": (8, 16)}, "stretches")],
+)
+def test_limits_that_do_not_fit_are_named(sizes, said):
+    with pytest.raises(ConfigError, match=f"Limits.{said}"):
+        Limits(**({"rows": 4, "length": 32} | sizes))
