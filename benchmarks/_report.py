@@ -15,12 +15,13 @@ import jax
 
 from readme_jax.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def command() -> str:
     """The command as a user types it, relative to the repository."""
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parent.parent)
+    return shlex.join(["python", str(script), *sys.argv[1:]])
 
 
 def commit() -> str:

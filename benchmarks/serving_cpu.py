@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from rich.table import Table
 from readme_jax.checkpoints.hf import EMBEDDED, Dense, load_dense, locate, save_dense
 from readme_jax.checkpoints.mixture import Mixture, save_mixture
 from readme_jax.config import RouterConfig
+from readme_jax.memory import HUGE, TUNABLES
 from readme_jax.models.router import start_router
 from readme_jax.refactor.slice import lay_out, slice_layer
 
@@ -90,7 +92,8 @@ def prepare(folder: Path) -> None:
 
 def run(peer: str, folder: Path) -> dict[str, Any]:
     script = Path(__file__).parent / "_serving_peers.py"
-    done = subprocess.run([sys.executable, script, peer, folder], capture_output=True, text=True)
+    environment = os.environ | {TUNABLES: HUGE}  # as readme-jax starts; all peers alike
+    done = subprocess.run([sys.executable, script, peer, folder], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{peer} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

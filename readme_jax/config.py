@@ -307,7 +307,6 @@ class Serving(Validated):
         for name in ("pages", "slots", "slot_bytes", "staging"):
             self.require(getattr(self, name) >= 0, name, "zero or more")
         self.require(not (self.slots and self.slot_bytes), "slot_bytes", "0 where slots are given as a count")
-        self.require(self.chunk <= self.length, "chunk", f"at most the {self.length} tokens of a row")
 
 
 @dataclass(frozen=True)

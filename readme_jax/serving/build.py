@@ -13,7 +13,7 @@ from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.errors import ConfigError
 from readme_jax.models.runtime import runtime_for
-from readme_jax.serving.buckets import Limits, doublings
+from readme_jax.serving.buckets import Limits, limits_for
 from readme_jax.serving.calls import Caller
 from readme_jax.serving.cost import Costs
 from readme_jax.serving.expert_cache import ExpertCache
@@ -40,10 +40,9 @@ def build_engine(cls: type[E], model: Dense | Mixture, settings: config.Serving,
 
 
 def limits_of(model: Dense | Mixture, settings: config.Serving) -> Limits:
-    """Rows as set, of no more tokens than the model takes; prefill calls of at most `chunk` tokens."""
+    """Rows as set, of no more tokens than the model takes, in sizes that suit the platform."""
     length = min(settings.length, model.config.max_position)
-    chunk = min(settings.chunk, length)
-    return Limits(settings.rows, length, chunks=doublings(chunk, min(16, chunk), 4))
+    return limits_for(settings.rows, length, settings.chunk, jax.default_backend())
 
 
 def slots_of(model: Dense | Mixture, settings: config.Serving, dtype: Any) -> int | None:

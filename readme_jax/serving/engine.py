@@ -250,8 +250,9 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine has made a step lately, or is idle or still compiling."""
-        return not self._stepping or self._clock() - self._step_end < STALLED
+        """Whether the engine has made a step lately, or is idle or still compiling; not once its thread has died."""
+        died = self._thread is not None and not self._thread.is_alive() and not self._stopping
+        return not died and (not self._stepping or self._clock() - self._step_end < STALLED)
 
     # --- running -------------------------------------------------------------------------------------------------
 

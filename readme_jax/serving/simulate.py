@@ -147,6 +147,7 @@ class _Simulation:
         self.swap_left = 0.0  # seconds of the link that the swap under way still needs
         self.outcome = Outcome()
         self.now = self.before = 0.0  # this step's start, and the one's before
+        self.last = 0.0  # seconds of the step before
 
     def run(self) -> Outcome:
         while self.next is not None or self.alive:
@@ -187,16 +188,15 @@ class _Simulation:
         self._record(batch, plan, time)
         self._advance(batch, self.now + total)
         self._swap_on(total - time.transfer)
-        self.before, self.now = self.now, self.now + total
+        self.before, self.now, self.last = self.now, self.now + total, total
 
     def _future(self, batch: Batch, resident: frozenset[int], room: Room) -> Iterable[int]:
         if self.setup.future == "none" or self.cache.all_resident:
             return ()
         if self.setup.future == "queue":
             return queue_future(self.alive.values(), batch)
-        seconds = self.outcome.steps[-1].total if self.outcome.steps else 0.0
         return roll_out(
-            self.scheduler, self.alive.values(), batch, resident, self.now, room, self.setup.horizon, seconds
+            self.scheduler, self.alive.values(), batch, resident, self.now, room, self.setup.horizon, self.last
         )
 
     def _time(self, batch: Batch, plan: Plan) -> StepTime:

@@ -99,7 +99,7 @@ def test_text_needs_a_tokenizer():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("rows", 0), ("slots", -1), ("scheduler", "magic"), ("policy", "fifo"), ("chunk", 4096), ("page_size", 1.5)],
+    [("rows", 0), ("slots", -1), ("scheduler", "magic"), ("policy", "fifo"), ("chunk", 0), ("page_size", 1.5)],
 )
 def test_bad_serving_setting_is_named(field, value):
     with pytest.raises(ConfigError, match=f"Serving.{field}"):
