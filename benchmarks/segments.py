@@ -2,7 +2,7 @@
 
 1024 tokens sorted by expert, SmolLM2's shapes at half width, fp32, seven experts, one a token. Cases: `even`; `skewed`,
 each expert half of the rows that are left (512, 256, ... 16, 16); `one`, all rows to one expert. `segments` is the back
-end that the model uses on this platform.
+end that the model uses on this platform. With huge pages, as `readme-jax` runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from readme_jax.config import Model
+from readme_jax.memory import use_huge_pages
 from readme_jax.models.feed_forward import feed_forward
 from readme_jax.models.runtime import runtime_for
 from readme_jax.models.segments import Expert, grouped_ffn, plan_routes
@@ -108,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

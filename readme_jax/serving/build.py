@@ -69,7 +69,23 @@ def residency_of(store: ExpertStore, settings: config.Serving) -> Residency:
     cache = ExpertCache(store.num_experts, store.slots, store.staging, settings.policy)
     residency = Residency(store, cache, settings.prefetch)
     residency.bring(cache.resident)
+    if settings.staging and settings.prefetch:
+        residency.load_seconds = load_seconds(residency)
     return residency
+
+
+def load_seconds(residency: Residency) -> float:
+    """How long an expert of all layers takes to arrive here."""
+    store = residency.store
+    other = next((e for e in range(store.num_experts) if e not in residency.here), None)
+    if other is None:
+        return 0.0
+    began = time.perf_counter()
+    residency.bring(frozenset((other,)))
+    jax.block_until_ready(store.present((other,)))
+    took = time.perf_counter() - began
+    residency.bring(residency.resident)
+    return took
 
 
 def measure(caller: Caller, repeats: int = 2) -> Costs:
@@ -78,14 +94,7 @@ def measure(caller: Caller, repeats: int = 2) -> Costs:
     programs, store = caller.programs, caller.residency.store
     experts = () if caller.dense else (0,)
     chunk, width = caller.limits.chunks[-1], programs.shape.top_k
-    load = 0.0
-    if not store.resident:
-        other = store.num_experts - 1  # not among the first residents
-        began = time.perf_counter()
-        caller.residency.bring(frozenset((other,)))
-        jax.block_until_ready(store.present((other,)))
-        load = time.perf_counter() - began
-        caller.residency.bring(caller.residency.resident)
+    load = 0.0 if store.resident else load_seconds(caller.residency)
     present = store.present(experts)
     prefill, decode = [], []
     tokens, routes = np.zeros(chunk, np.int32), np.zeros((chunk, width), np.int32)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from readme_jax.serving.calls import DENSE, Call, Caller
 from readme_jax.serving.live import Emitted, Live
 from readme_jax.serving.pages import Pages
@@ -128,6 +130,7 @@ class Loop:
 
     def _pick(self, now: float) -> Batch:
         """The scheduler's batch, less what finds no room."""
+        self._swap(now)
         if self.rows.free:  # else nobody gets one, and what could be shared may change before somebody does
             for live in self.sequences.values():
                 if not live.running:
@@ -141,6 +144,19 @@ class Loop:
         for chunk in batch.chunks:
             chunk.sequence.computed += chunk.count
         return batch
+
+    def _swap(self, now: float) -> None:
+        """Let residents change in the background, by how long sequences wait for each expert and how many use it."""
+        residency = self.caller.residency
+        if not residency.swaps:
+            return
+        waiting, active = np.zeros(residency.store.num_experts), np.zeros(residency.store.num_experts)
+        for sequence in self.sequences.values():
+            if sequence.pending:
+                experts = list(sequence.routes[sequence.computed])
+                waiting[experts] += max(now - sequence.last_run, 0.0)
+                active[experts] += 1
+        residency.swap(waiting.tolist(), active.tolist())
 
     def _with_room(self, picked: Batch) -> dict[int, Chunk]:
         """The chunks of a batch, by sequence, that get the pages and rows they need."""

@@ -20,10 +20,17 @@ Experts = frozenset[int]
 class Residency:
     """A store that follows a cache's decisions."""
 
-    def __init__(self, store: ExpertStore, cache: ExpertCache | None, prefetch: bool = True) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        cache: ExpertCache | None,
+        prefetch: bool = True,
+        load_seconds: float | None = None,
+    ) -> None:
         """`cache` None: everything is resident. Without `prefetch` a load begins only when the step before has ended,
-        and the step that needs it waits for it."""
-        self.store, self.cache, self.prefetch = store, cache, prefetch
+        and the step that needs it waits for it. `load_seconds` that one expert of all layers takes to arrive: what
+        background swaps are weighed with; None: there are none."""
+        self.store, self.cache, self.prefetch, self.load_seconds = store, cache, prefetch, load_seconds
         self._everything = frozenset(range(store.num_experts))
         self._slotted: set[int] = set()  # experts in slots; others on the device are in staging
 
@@ -46,6 +53,31 @@ class Residency:
         """Let the policy decide on a batch's experts; `future`: those of later batches as bit masks."""
         if self.cache is not None and needed:
             self.cache.step(needed, future)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether residents are swapped in the background."""
+        return self.cache is not None and self.load_seconds is not None and self.cache.staging > 0
+
+    def swap(self, waiting: Sequence[float], active: Sequence[float]) -> None:
+        """Finish the swap under way once its copies are here, or begin one where it pays: see `ExpertCache.swap`."""
+        if not self.swaps:
+            return
+        assert self.cache is not None and self.load_seconds is not None
+        if self.cache.swapping is None:
+            move = self.cache.swap(waiting, active, self.load_seconds)
+            if move is None:
+                return
+            self._drop(move.victim)
+        assert self.cache.swapping is not None
+        expert = self.cache.swapping.expert
+        if expert not in self.here:
+            self._make_room(1, frozenset((expert,)), frozenset())
+            self._fetch(expert)
+        elif expert not in self._slotted and len(self._slotted) < self.store.slots:
+            self._fetch(expert)  # takes the staged copy over
+        if self.store.arrived(expert):
+            self.cache.finish_swap()
 
     def groups(self, needs: Sequence[Experts]) -> list[list[int]]:
         """Indices of `needs` in groups whose experts fit on the device at once, those that need no load first."""
@@ -78,21 +110,29 @@ class Residency:
             jax.block_until_ready(running)
         self._make_room(len(missing), experts, later)
         for expert in sorted(missing, key=lambda e: (e not in self.resident, e)):
-            slotted = len(self._slotted) < self.store.slots
-            if slotted:
-                self._slotted.add(expert)
-            for layer in range(self.store.num_layers):
-                (self.store.load if slotted else self.store.stage)(layer, expert)
+            self._fetch(expert)
         if not self.prefetch:
             jax.block_until_ready(self.store.present(missing))
 
+    def _fetch(self, expert: int) -> None:
+        """Start the copies of an expert, into slots while there are any."""
+        slotted = len(self._slotted) < self.store.slots
+        if slotted:
+            self._slotted.add(expert)
+        for layer in range(self.store.num_layers):
+            (self.store.load if slotted else self.store.stage)(layer, expert)
+
+    def _drop(self, expert: int) -> None:
+        self._slotted.discard(expert)
+        for layer in range(self.store.num_layers):
+            self.store.drop(layer, expert)
+
     def _make_room(self, places: int, experts: Experts, later: Experts) -> None:
         """Drop what the call does not need until so many more fit: what streamed first, residents last."""
-        resident = self.resident
+        assert self.cache is not None
+        coming = self.cache.swapping
+        resident = self.resident if coming is None else self.resident | {coming.expert}
         spare = [e for e in self.store.on_device() if e not in experts]
         spare.sort(key=lambda e: (e in later, e in resident, e))
         while spare and len(self.store.on_device()) + places > self.capacity:
-            expert = spare.pop(0)
-            self._slotted.discard(expert)
-            for layer in range(self.store.num_layers):
-                self.store.drop(layer, expert)
+            self._drop(spare.pop(0))

@@ -115,6 +115,11 @@ class ExpertStore:
         """Experts of a layer in slots or staging slots."""
         return frozenset(self._on_device[layer]) | frozenset(self._staged[layer])
 
+    def arrived(self, expert: int) -> bool:
+        """Whether an expert's copies are on the device in every layer, none still on its way."""
+        held = [self._on_device[i].get(expert) or self._staged[i].get(expert) for i in range(self.num_layers)]
+        return all(w is not None and all(a.is_ready() for a in w) for w in held)
+
     def padded(self, experts: Sequence[int]) -> tuple[int, ...]:
         """The experts, repeated from the first on, up to a number that calls are compiled for; () for a dense model.
 

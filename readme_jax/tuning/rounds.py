@@ -156,6 +156,7 @@ class Tuner:
         self.schedule = schedule_of(self.run, self.parts.mixture.num_experts)
         self.pace = Pace(self.schedule)
         self.signals = Signals()
+        self.programs: dict[Stage, Any] = {}
 
     def tune(self, progress: Progress) -> None:
         """Take every step that is left. Raises Interrupted after a signal, NonFinite when a loss is not a number."""
@@ -214,12 +215,13 @@ class Tuner:
         frozen = self._frozen(stage, progress)
         state = self._start(step, position, progress)
         self._hold(stage, progress, state)  # lets go of what the state was copied from
-        trim()
+        batch = put_batch(self.batches[stage][position.data], self.mesh)
+        update = self._compiled(stage, step, state, batch, frozen, peak)
         following: Position | None = position
         while following is not None and (following.stage, following.round) == (stage, round_):
             position, began = following, time.monotonic()
             batch = put_batch(self.batches[stage][position.data], self.mesh)
-            state, metrics = step.update(state, batch, frozen, peak)
+            state, metrics = update(state, batch, frozen, peak)
             values = self._checked(metrics, position, progress.done)
             progress.done += 1
             following = self.schedule.at(progress.done)
@@ -229,6 +231,13 @@ class Tuner:
             self.journal.train(progress.done, position, values)
             self.pace.note(stage, time.monotonic() - began)
             self._after(position, progress, ended)
+
+    def _compiled(self, stage: Stage, step: Step, *arguments: Any) -> Any:
+        """The stage's compiled step. What compiling has left behind is given back before the first step needs room."""
+        if stage not in self.programs:
+            self.programs[stage] = step.update.lower(*arguments).compile()
+        trim()
+        return self.programs[stage]
 
     def _hold(self, stage: Stage, progress: Progress, state: TrainState) -> None:
         if stage == "router":

@@ -89,7 +89,10 @@ class FakeStore:
     def load(self, layer: int, expert: int) -> None:
         assert expert not in self._slots[layer] and len(self._slots[layer]) < self.slots
         self._slots[layer].add(expert)
-        self.loads += 1
+        if expert in self._staged[layer]:  # taken over
+            self._staged[layer].remove(expert)
+        else:
+            self.loads += 1
 
     def stage(self, layer: int, expert: int) -> None:
         assert expert not in self.on_device(layer) and len(self._staged[layer]) < self.staging
@@ -103,6 +106,9 @@ class FakeStore:
 
     def on_device(self, layer: int = 0) -> frozenset[int]:
         return frozenset(self._slots[layer]) | frozenset(self._staged[layer])
+
+    def arrived(self, expert: int) -> bool:
+        return all(expert in self.on_device(layer) for layer in range(LAYERS))
 
     def padded(self, experts: Any) -> tuple[int, ...]:
         size = next(n for n in (0, 1, 2, 4, self.num_experts) if n >= len(experts))
@@ -237,15 +243,19 @@ class Ticks:
 
 
 def fake_engine(
-    settings: config.Serving, model: FakeModel | None = None, tokenizer: Any = None, **options: Any
+    settings: config.Serving,
+    model: FakeModel | None = None,
+    tokenizer: Any = None,
+    load_seconds: float | None = None,
+    **options: Any,
 ) -> Engine:
-    """An engine over the fake model."""
+    """An engine over the fake model, with background swaps where `load_seconds` are given."""
     model = model or FakeModel()
     store = FakeStore(model.experts, settings.slots, settings.staging)
     limits = Limits(settings.rows, settings.length, chunks=(settings.chunk,))
     cache = None if store.resident else ExpertCache(model.experts, store.slots, store.staging, settings.policy)
     programs: Any = FakePrograms(model, store, limits)
-    residency = Residency(store, cache, settings.prefetch)  # type: ignore[arg-type]
+    residency = Residency(store, cache, settings.prefetch, load_seconds)  # type: ignore[arg-type]
     scheduler = make_scheduler(settings.scheduler, settings.budget, COSTS, model.experts)
     options.setdefault("clock", Ticks())
     return Engine(Caller(programs, residency), scheduler, settings, model.vocab, tokenizer, **options)

@@ -63,15 +63,17 @@ def prompts(rng: random.Random, count: int, longest: int = 30) -> list[list[int]
         }
     ),
     top_k=st.sampled_from([1, 2]),
+    load_seconds=st.sampled_from([None, 0.001, 0.1]),
     pages=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-def test_tokens_do_not_depend_on_what_else_runs(chosen, top_k, pages, seed):
+def test_tokens_do_not_depend_on_what_else_runs(chosen, top_k, load_seconds, pages, seed):
     if 0 < chosen["slots"] + chosen["staging"] < top_k:
         chosen["slots"] = 2
     least, most = -(-64 // chosen["page_size"]), -(-64 * chosen["rows"] // chosen["page_size"])
     model = FakeModel(top_k=top_k)
-    engine, rng = fake_engine(serving(**chosen, pages=least + int(pages * (most - least))), model), random.Random(seed)
+    chosen["pages"] = least + int(pages * (most - least))
+    engine, rng = fake_engine(serving(**chosen), model, load_seconds=load_seconds), random.Random(seed)
     asked = []
     for prompt in prompts(rng, 12):
         params = SamplingParams(max_tokens=rng.randrange(1, 20), temperature=rng.choice([0, 1]), seed=rng.randrange(9))
@@ -89,6 +91,19 @@ def test_tokens_do_not_depend_on_what_else_runs(chosen, top_k, pages, seed):
         assert len(done.tokens) == params.max_tokens or done.finish_reason == "cancelled"
         routes = [model.route([*prompt, *wanted[: i + 1]]) for i in range(len(done.tokens))]
         assert list(done.experts) == routes
+    assert_nothing_left(engine)
+
+
+def test_residents_change_in_the_background_for_those_who_wait():
+    model, rng = FakeModel(switch=50), random.Random(2)
+    engine = fake_engine(serving(slots=1, staging=1, scheduler="lookahead", rows=4), model, load_seconds=0.005)
+    residency, seen = engine._caller.residency, set()
+    handles = [engine.submit(Request(p, SamplingParams(max_tokens=12))) for p in prompts(rng, 40)]
+    while engine.step():
+        seen |= residency.resident
+        if residency.cache.swapping is None:  # else the victim has left and the other one is on its way
+            assert len(residency.resident) == 1
+    assert seen == {0, 1, 2, 3} and all(len(h.result().tokens) == 12 for h in handles)
     assert_nothing_left(engine)
 
 
