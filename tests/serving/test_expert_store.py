@@ -112,3 +112,15 @@ def test_limits_stay_within_a_platforms_programs(rows, length, chunk, experts, t
 def test_limits_that_do_not_fit_are_named(sizes, said):
     with pytest.raises(ConfigError, match=f"Limits.{said}"):
         Limits(**({"rows": 4, "length": 32} | sizes))
+
+
+def test_an_expert_has_arrived_once_it_is_in_every_layer(tiny_model):
+    store = ExpertStore(tiny_model("top1"), slots=2)
+    store.load(0, 1)
+    assert not store.arrived(1)
+    for layer in range(1, store.num_layers):
+        store.load(layer, 1)
+    for layer in store.present((1,)):
+        for array in layer[0]:
+            array.block_until_ready()
+    assert store.arrived(1)
