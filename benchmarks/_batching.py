@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _replay import BASELINES, ROUTERS, TRACES, Case, measure_all
+from _replay import BASELINES, ROUTERS, TRACES, Case, finish, measure_all
 
 BUDGETS = (64, 512, 4096)  # tokens a batch; the baselines' best is searched among these
 LOOKAHEAD_BUDGET = 4096
@@ -93,10 +93,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         capacity = next(r["capacity"] for r in rows if r["resident"] == "slots")
         axis.set_title(f"{trace}, {'all resident' if resident == 'all' else f'{capacity} slots'}")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
-    for axis in axes[1]:
-        axis.set_xlabel("load, % of the best baseline's saturated throughput")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("latency, s a generated token")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    finish(figure, axes, path, "load, % of the best baseline's saturated throughput", "latency, s a generated token")

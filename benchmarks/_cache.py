@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _replay import ROUTERS, STAGING, TRACES, Case, model_of, requests_of, serve
+from _replay import ROUTERS, STAGING, TRACES, Case, finish, model_of, requests_of, serve
 
 from readme_jax.serving.expert_cache import ExpertCache, Plan, replay
 from readme_jax.serving.scheduler import make_scheduler
@@ -162,14 +162,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                       color=colour, label=policy)  # fmt: skip
         axis.set_title(f"{trace}, {router} router")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
     axes[0, 0].set_xticks(CAPACITIES)
-    for axis in axes[1]:
-        axis.set_xlabel("experts resident, of 7")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("hit ratio, Algorithm 1")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    finish(figure, axes, path, "experts resident, of 7", "hit ratio, Algorithm 1")
 
 
 def saturated(base: Case, trace: str, router: str) -> float:

@@ -93,3 +93,14 @@ def measure_all(cases: list[Case], processes: int) -> dict[Case, dict[str, Any]]
         return {case: measure(case) for case in cases}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return dict(zip(cases, pool.map(measure, cases), strict=True))
+
+
+def finish(figure: Any, axes: Any, path: Path, across: str, up: str) -> None:
+    """Legend, labels of the outer panels, and the file of a figure of rows and columns of panels."""
+    axes[0, 0].legend(frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel(across)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(up)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)

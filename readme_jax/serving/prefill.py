@@ -139,7 +139,9 @@ def _attention(
     past = jax.lax.cond(
         chunk.start > 0,
         lambda: attend_cached(q, cache, _row(chunk.row), seen, chunk.start),
-        lambda: attend.Part(jnp.zeros_like(own.out), jnp.zeros_like(own.total), jnp.full_like(own.largest, -1e30)),
+        lambda: attend.Part(
+            jnp.zeros_like(own.out), jnp.zeros_like(own.total), jnp.full_like(own.largest, attention.MASKED)
+        ),
     )
     out = rearrange(attend.merge(past, own).astype(x.dtype), "1 k (t g) h -> t (k g h)", g=group)
     return x + linear(out, p["o"]), k, v

@@ -215,12 +215,12 @@ class Tuner:
         frozen = self._frozen(stage, progress)
         state = self._start(step, position, progress)
         self._hold(stage, progress, state)  # lets go of what the state was copied from
-        batch = put_batch(self.batches[stage][position.data], self.mesh)
-        update = self._compiled(stage, step, state, batch, frozen, peak)
+        trim()
         following: Position | None = position
         while following is not None and (following.stage, following.round) == (stage, round_):
             position, began = following, time.monotonic()
             batch = put_batch(self.batches[stage][position.data], self.mesh)
+            update = self._compiled(stage, step, state, batch, frozen, peak)
             state, metrics = update(state, batch, frozen, peak)
             values = self._checked(metrics, position, progress.done)
             progress.done += 1
@@ -236,7 +236,7 @@ class Tuner:
         """The stage's compiled step. What compiling has left behind is given back before the first step needs room."""
         if stage not in self.programs:
             self.programs[stage] = step.update.lower(*arguments).compile()
-        trim()
+            trim()
         return self.programs[stage]
 
     def _hold(self, stage: Stage, progress: Progress, state: TrainState) -> None:

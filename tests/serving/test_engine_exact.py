@@ -10,20 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_programs import COSTS, Ticks
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from masked_model import Masked
 
 from readme_jax import config
 from readme_jax.generate import Generator
-from readme_jax.models.experts import plan_batch
-from readme_jax.models.llama import Llama, head_weight
-from readme_jax.models.router import Router, choose
-from readme_jax.models.runtime import Runtime
-from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.build import residency_of, slots_of
 from readme_jax.serving.calls import Caller
@@ -177,41 +172,13 @@ def test_the_sizes_above_do_preempt_share_and_miss(bench):
     assert stats.preemptions > 0 and stats.shared_tokens > 0 and stats.missing > 0 and stats.loads > 0
 
 
-class Masked:
-    """Log-probabilities of every position, by the whole sequence at once, every expert masked by the routes."""
-
-    def __init__(self, model: Any) -> None:
-        mixture = getattr(model, "mixture", None)
-        backbone = Llama(model.config, mixture, Runtime(segments="masked"))
-
-        @jax.jit
-        def forward(ids):
-            plan = None
-            if mixture:
-                logits, _ = Router(model.router_config).apply({"params": model.router}, ids)
-                plan = plan_batch(*_route(logits, mixture))
-            hidden, _ = backbone.apply({"params": model.params}, ids, plan, getattr(model, "channels", None))
-            return jax.nn.log_softmax(hidden[0] @ head_weight(model.params).T, axis=-1)
-
-        self.forward = forward
-
-    def __call__(self, tokens: list[int]) -> np.ndarray:
-        with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-            return np.asarray(self.forward(jnp.asarray([tokens + [0] * (LENGTH - len(tokens))])))
-
-
-def _route(logits, mixture):
-    chosen, weights = choose(logits, mixture.top_k)
-    return chosen, mixture.num_experts, weights
-
-
 @pytest.mark.parametrize("kind, slots", [("top1", 1), ("top2", 2), ("dense", 0)])
 def test_top_twenty_logprobs_are_the_masked_models(bench, kind, slots):
     model = bench(kind)
     serving = config.Serving(
         rows=ROWS, length=LENGTH, page_size=4, pages=24, budget=20, chunk=16, slots=slots, scheduler="algorithm1"
     )
-    engine, masked = model.engine(serving), Masked(model.model)
+    engine, masked = model.engine(serving), Masked(model.model, LENGTH)
     params = {"logprobs": 20, "echo": True, "ignore_eos": True}
     handles = [
         engine.submit(Request(p, SamplingParams(max_tokens=n, temperature=0.7 * (i % 2), seed=i, **params)))

@@ -6,19 +6,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from masked_model import Masked
 
-from readme_jax import config
 from readme_jax.config import RopeScaling
 from readme_jax.errors import ConfigError
 from readme_jax.generate import Generator
-from readme_jax.models.experts import plan_batch
-from readme_jax.models.llama import Llama, head_weight
-from readme_jax.models.router import Router, choose
-from readme_jax.models.runtime import Runtime
-from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import TOP, Samplings
@@ -42,35 +36,6 @@ def served(tiny_model):
         return Programs(model, ExpertStore(model), LIMITS if kind in THOROUGH else FEW)
 
     return build
-
-
-class Reference:
-    """Log-probabilities of a whole sequence by the dense-masked model, without caches."""
-
-    def __init__(self, model) -> None:
-        mixture = getattr(model, "mixture", None)
-        backbone = Llama(model.config, mixture, Runtime(segments="masked"))
-
-        @jax.jit
-        def forward(ids):
-            plan = None
-            if mixture:
-                if model.router is None:
-                    chosen, weights = jnp.zeros((*ids.shape, 1), jnp.int32), jnp.ones((*ids.shape, 1))
-                else:
-                    logits, _ = Router(model.router_config).apply({"params": model.router}, ids)
-                    chosen, weights = choose(logits, mixture.top_k)
-                plan = plan_batch(chosen, mixture.num_experts, weights)
-            hidden, _ = backbone.apply({"params": model.params}, ids, plan, getattr(model, "channels", None))
-            return jax.nn.log_softmax(hidden[0] @ head_weight(model.params).T)
-
-        self.forward = forward
-
-    def __call__(self, tokens: list[int]) -> np.ndarray:
-        """[T, V]."""
-        padded = jnp.asarray([tokens + [0] * (LIMITS.length - len(tokens))])
-        with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-            return np.asarray(self.forward(padded))[: len(tokens)]
 
 
 class Driver:
@@ -140,7 +105,7 @@ class Driver:
     def tokens(self, row: int) -> list[int]:
         return [t for t, *_ in self.new[row]]
 
-    def check(self, reference: Reference, row: int, prompt: list[int]) -> None:
+    def check(self, reference: Masked, row: int, prompt: list[int]) -> None:
         """Every new token is the reference's best, with its 20 best and their log-probabilities."""
         expected = reference(prompt + self.tokens(row))
         for i, (token, logprob, top, logprobs) in enumerate(self.new[row]):
@@ -161,7 +126,7 @@ def test_rows_of_a_batch_equal_the_whole_sequence_model_and_the_generator(tiny_m
         driver.step([0, 1, 2, 3] if i % 2 else [0, 2])
     driver.step([0])
     driver.step([1, 3])
-    reference = Reference(model)
+    reference = Masked(model, LIMITS.length)
     expected = Generator(model).generate(PROMPTS, 12).tokens
     for row, prompt in enumerate(PROMPTS):
         driver.check(reference, row, prompt)
@@ -170,7 +135,7 @@ def test_rows_of_a_batch_equal_the_whole_sequence_model_and_the_generator(tiny_m
 
 @pytest.mark.parametrize("kind", ["top1", "top2"])
 def test_rows_whose_expert_is_missing_change_nothing_and_run_again(tiny_model, served, kind):
-    driver, reference = Driver(served(kind)), Reference(tiny_model(kind))
+    driver, reference = Driver(served(kind)), Masked(tiny_model(kind), LIMITS.length)
     for row, prompt in enumerate(PROMPTS):
         driver.start(row, prompt, chunk=8)
     reruns = 0
@@ -199,7 +164,7 @@ def test_rows_whose_expert_is_missing_change_nothing_and_run_again(tiny_model, s
 def test_sliding_window_and_rope_scaling(tiny_model, changes):
     model = tiny_model("top1")
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
-    driver, reference = Driver(Programs(model, ExpertStore(model), FEW)), Reference(model)
+    driver, reference = Driver(Programs(model, ExpertStore(model), FEW)), Masked(model, LIMITS.length)
     driver.all_present = True
     driver.start(1, PROMPTS[2], chunk=7)
     for _ in range(10):
@@ -219,7 +184,7 @@ def test_one_expert_without_a_router_is_a_smaller_dense_model(tiny_model):
     driver.start(0, PROMPTS[0], chunk=4)
     for _ in range(5):
         driver.step([0])
-    driver.check(Reference(model), 0, PROMPTS[0])
+    driver.check(Masked(model, LIMITS.length), 0, PROMPTS[0])
     assert driver.routes[0] == (0,)
 
 
@@ -228,7 +193,7 @@ def test_prompt_scores_equal_the_whole_sequence_model(tiny_model, served, chunk)
     driver, prompt = Driver(served("top1")), PROMPTS[2]
     scores = driver.start(2, prompt, chunk, targets=True)
     logprob, top, values = (np.concatenate(x) for x in zip(*scores, strict=True))
-    expected = Reference(tiny_model("top1"))(prompt)
+    expected = Masked(tiny_model("top1"), LIMITS.length)(prompt)
     np.testing.assert_allclose(logprob[:-1], expected[np.arange(19), prompt[1:]], atol=1e-4)
     np.testing.assert_allclose(np.take_along_axis(expected, top, 1), values, atol=1e-4)
     np.testing.assert_allclose(np.sort(expected)[:, ::-1][:, :TOP], values, atol=1e-4)
@@ -240,14 +205,14 @@ def test_a_row_fills_to_its_end_and_the_last_chunk_may_pass_it_with_padding(tiny
     driver.start(3, prompt, chunk=7)  # its last chunk is tokens 42 to 46, padded to 50; the row has 48
     for _ in range(2):
         driver.step([3])
-    driver.check(Reference(tiny_model("top1")), 3, prompt)
+    driver.check(Masked(tiny_model("top1"), LIMITS.length), 3, prompt)
     full = np.asarray(driver.state.layers[0].keys[0][3])
     assert not len(driver.step([3]))  # a full row runs no more
     np.testing.assert_array_equal(full, driver.state.layers[0].keys[0][3])
 
 
 def test_a_copied_prefix_and_a_moved_row_go_on_as_before(tiny_model, served):
-    programs, reference = served("top2"), Reference(tiny_model("top2"))
+    programs, reference = served("top2"), Masked(tiny_model("top2"), LIMITS.length)
     driver = Driver(programs)
     driver.start(3, PROMPTS[2], chunk=8)
     driver.step([3])
