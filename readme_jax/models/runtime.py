@@ -20,10 +20,12 @@ class Runtime:
     remat: bool = False
     segments: Literal["blocks", "masked", "ragged"] = "blocks"
     attention: Literal["blocks", "cudnn"] = "blocks"
+    decode: Literal["stretches", "kernel"] = "stretches"  # how a decode step attends to its cache and writes it
 
 
 def runtime_for(model: config.Model, platform: str | None = None) -> Runtime:
-    """The back ends of a platform: static row blocks on CPU, ragged_dot on TPU, cuDNN attention on GPU in bf16."""
+    """The back ends of a platform: static row blocks on CPU, ragged_dot on TPU, cuDNN attention on GPU in bf16,
+    and there a kernel for attention to the cache."""
     platform = platform or jax.default_backend()
     segments: dict[str, Literal["blocks", "masked", "ragged"]] = {"cpu": "blocks", "tpu": "ragged", "gpu": "masked"}
     cudnn = platform == "gpu" and model.compute_dtype == "bfloat16"
@@ -33,4 +35,5 @@ def runtime_for(model: config.Model, platform: str | None = None) -> Runtime:
         remat=model.remat,
         segments=segments[platform],
         attention="cudnn" if cudnn else "blocks",
+        decode="kernel" if platform == "gpu" else "stretches",
     )

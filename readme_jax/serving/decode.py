@@ -23,6 +23,7 @@ from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Expert
 from readme_jax.serving import attend
+from readme_jax.serving.attend_kernel import attend_and_write
 from readme_jax.serving.sampling import Samplings, choose_tokens
 from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
 
@@ -37,6 +38,7 @@ class Shape(NamedTuple):
     mixture: MixtureConfig | None
     router: RouterConfig | None
     runtime: Runtime
+    length: int  # tokens of a row that may be used
 
     @property
     def top_k(self) -> int:
@@ -153,32 +155,56 @@ def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """What the layers of one step share: rotary cos and sin [h/2, B], positions [B] and how many keys are read."""
+    """What the layers of one step share: rotary cos and sin [h/2, B], positions [B], which rows run [B] and how many
+    keys are read."""
 
     cos: jax.Array
     sin: jax.Array
     positions: jax.Array
+    runs: jax.Array
     reach: jax.Array
 
 
-def _attention(
-    shape: Shape, p: Params, x: jax.Array, cache: Cache, step: Step
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [D, B] plus self-attention, and the tokens' keys and values [B, K, h]."""
-    c, rows = shape.config, x.shape[1]
+class New(NamedTuple):
+    """A token's key and value [B, K, h] of a layer, or the layer's cache with them in it already."""
+
+    key: jax.Array
+    value: jax.Array
+    cache: Cache | None = None
+
+
+def _attention(shape: Shape, p: Params, x: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, New]:
+    """x [D, B] plus self-attention, and the tokens' keys and values."""
+    c = shape.config
     y = _norm(x, p["attn_norm"], c.norm_eps)
     q, k, v = (rearrange(p[n] @ y, "(n h) b -> n h b", h=c.head_dim) for n in LEFT)
     q, k = (attend.turn(z, step.cos, step.sin, axis=1) for z in (q, k))
     q = rearrange(q, "(k g) h b -> b k g h", k=c.num_kv_heads)
     k, v = (rearrange(z, "k h b -> b k h").astype(cache.keys[0].dtype) for z in (k, v))
-    window = c.sliding_window
+    past, written = _past(shape, q, k, v, cache, step, c.sliding_window)
+    out = attend.merge(past, attend.attend_self(q, k, v, None)).astype(x.dtype)
+    return x + p["o"] @ rearrange(out, "b k g h -> (k g h) b"), New(k, v, written)
+
+
+def _past(
+    shape: Shape,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Cache,
+    step: Step,
+    window: int | None = None,
+    divisor: float | None = None,
+) -> tuple[attend.Part, Cache | None]:
+    """Attention of q [B, K, G, h] to the cached tokens before it; and the cache, where the same kernel writes it."""
+    if shape.runtime.decode == "kernel":
+        interpret = jax.default_backend() == "cpu"
+        return attend_and_write(q, k, v, cache, step.positions, step.runs, window, divisor, interpret)
 
     def seen(slots: jax.Array) -> jax.Array:  # the token before this one sees as far as this one's window but itself
         return attention.visible(step.positions[:, None] - 1, slots, window and window - 1)[:, None, None]
 
-    past = attend_cached(q, cache, lambda a: a[:rows], seen, step.reach)
-    out = attend.merge(past, attend.attend_self(q, k, v, None)).astype(x.dtype)
-    return x + p["o"] @ rearrange(out, "b k g h -> (k g h) b"), k, v
+    return attend_cached(q, cache, lambda a: a[: q.shape[0]], seen, step.reach, divisor), None
 
 
 def decode_step(
@@ -196,19 +222,19 @@ def decode_step(
     """
     c, rows = shape.config, active.shape[0]
     positions = state.position[:rows]
-    active = active & (positions < state.layers[0].length)
+    active = active & (positions < shape.length)
     plan, runs = None, active
     if shape.mixture:
         plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active)
     freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     angles = freqs[:, None] * positions.astype(jnp.float32)
-    step = Step(jnp.cos(angles), jnp.sin(angles), positions, jnp.max(jnp.where(runs, positions, 0)))
+    step = Step(jnp.cos(angles), jnp.sin(angles), positions, runs, jnp.max(jnp.where(runs, positions, 0)))
     x = weights.embed[state.token[:rows]].T
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            x, k, v = _attention(shape, p, x, state.layers[i], step)
-        new.append((k, v))
+            x, token = _attention(shape, p, x, state.layers[i], step)
+        new.append(token)
         y = _norm(x, p["ffn_norm"], c.norm_eps)
         with jax.named_scope("feed_forward"):
             always = weights.permanent[i]
@@ -221,7 +247,14 @@ def decode_step(
         chosen = choose_tokens(logits, sampling, positions + 1)
     at = jnp.arange(rows)
     following = jnp.where(runs, positions + 1, 0)
-    routed = route_next(shape, weights.router, state.router, chosen.tokens, following, lambda a: a[:rows])
+    reach = jnp.max(following)
+
+    def past(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[attend.Part, Cache | None]:
+        assert shape.router is not None and state.router is not None
+        now = Step(step.cos, step.sin, following, runs, reach)
+        return _past(shape, q, k, v, state.router, now, None, shape.router.logit_divisor)
+
+    routed = route_next(shape, weights.router, chosen.tokens, following, past)
     state = advance(state, at, runs, chosen.tokens, positions + 1, routed, new)
     return state, Sampled(*chosen, routed.experts, active & ~runs)
 
@@ -231,8 +264,7 @@ class Routed(NamedTuple):
 
     experts: jax.Array
     weights: jax.Array
-    key: jax.Array | None
-    value: jax.Array | None
+    new: New | None
 
 
 def _affine(p: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -242,20 +274,20 @@ def _affine(p: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
 def route_next(
     shape: Shape,
     p: Params | None,
-    cache: Cache | None,
     tokens: jax.Array,
     positions: jax.Array,
-    pick: Callable[[jax.Array], jax.Array],
+    past: Callable[[jax.Array, jax.Array, jax.Array], tuple[attend.Part, Cache | None]],
 ) -> Routed:
-    """Route one new token of each row: tokens and positions [B]; `pick` takes the rows of a cached array [R, ...].
+    """Route one new token of each row: tokens and positions [B].
 
-    The equations are those of `models.router.route_logits`, over the state's cache.
+    `past` attends with q [B, Hr, 1, hr] to the router's cached tokens; it is told key and value [B, Hr, hr], and
+    returns the cache too where it has written them. The equations are those of `models.router.route_logits`.
     """
     r, rows = shape.router, tokens.shape[0]
     if r is None:
         ones = jnp.ones((rows, shape.top_k), jnp.float32)
-        return Routed(jnp.zeros((rows, shape.top_k), jnp.int32), ones, None, None)
-    assert p is not None and cache is not None
+        return Routed(jnp.zeros((rows, shape.top_k), jnp.int32), ones, None)
+    assert p is not None
     with jax.named_scope("route"):
         freqs = attention.rotary_frequencies(r.head_dim, r.rope_theta, None)
         angles = freqs[:, None] * positions.astype(jnp.float32)
@@ -265,17 +297,13 @@ def route_next(
         q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=1) for z in (q, k))
         q = rearrange(q, "n h b -> b n 1 h")
         k, v = (rearrange(z, "n h b -> b n h") for z in (k, v))
-
-        def seen(slots: jax.Array) -> jax.Array:
-            return (slots < positions[:, None])[:, None, None]
-
-        past = attend_cached(q, cache, pick, seen, jnp.max(positions), r.logit_divisor)
-        out = attend.merge(past, attend.attend_self(q, k, v, r.logit_divisor))
+        before, written = past(q, k, v)
+        out = attend.merge(before, attend.attend_self(q, k, v, r.logit_divisor))
         x = x + _affine(p["o"], rearrange(out, "b n 1 h -> (n h) b"))
         y = _norm(x, p["mlp_norm"], r.norm_eps)
         x = x + _affine(p["down"], jax.nn.silu(_affine(p["up"], y)))
         logits = _affine(p["head"], _norm(x, p["final_norm"], r.norm_eps)).T
-        return Routed(*choose(logits, shape.top_k), k, v)
+        return Routed(*choose(logits, shape.top_k), New(k, v, written))
 
 
 def advance(
@@ -285,20 +313,19 @@ def advance(
     tokens: jax.Array,
     positions: jax.Array,
     routed: Routed,
-    new: Sequence[tuple[jax.Array, jax.Array]] = (),
+    new: Sequence[New] = (),
 ) -> State:
     """The state with `rows` [B], where it `runs` [B], at the new tokens [B], which have `positions` [B], and their
-    routes; `new` are keys and values [B, K, h] a layer of the tokens before them.
+    routes; `new` are what the tokens before them leave in each layer.
 
     Tokens and experts are never negative: adding the lesser of them and 0 to an index orders writes after all reads.
     """
     layers, router = state.layers, state.router
     if new:
-        layers = write_tokens(layers, new, rows, positions - 1 + jnp.minimum(tokens, 0), runs)
+        layers = _with(layers, new, rows, positions - 1 + jnp.minimum(tokens, 0), runs)
     if router is not None:
-        assert routed.key is not None and routed.value is not None
-        at = positions + jnp.minimum(routed.experts[:, 0], 0)
-        (router,) = write_tokens([router], [(routed.key, routed.value)], rows, at, runs)
+        assert routed.new is not None
+        (router,) = _with([router], [routed.new], rows, positions + jnp.minimum(routed.experts[:, 0], 0), runs)
 
     def update(old: jax.Array, values: jax.Array) -> jax.Array:
         mask = runs.reshape(-1, *[1] * (values.ndim - 1))
@@ -312,3 +339,11 @@ def advance(
         update(state.experts, routed.experts),
         update(state.weights, routed.weights),
     )
+
+
+def _with(
+    caches: Sequence[Cache], new: Sequence[New], rows: jax.Array, positions: jax.Array, runs: jax.Array
+) -> tuple[Cache, ...]:
+    """Caches with the new tokens: as a kernel has left them, or written now."""
+    written = tuple(n.cache for n in new if n.cache is not None)
+    return written or write_tokens(caches, [(n.key, n.value) for n in new], rows, positions, runs)

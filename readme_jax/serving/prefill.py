@@ -174,10 +174,18 @@ def _finish(
     """
     end = (chunk.start + chunk.count)[None]
 
+    def past(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[attend.Part, None]:
+        assert shape.router is not None and state.router is not None
+
+        def seen(slots: jax.Array) -> jax.Array:
+            return (slots < end[:, None])[:, None, None]
+
+        return attend_cached(q, state.router, _row(chunk.row), seen, end[0], shape.router.logit_divisor), None
+
     def choose_next() -> tuple[Any, Any]:
         hidden = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=0)
         chosen = choose_tokens(linear(hidden, weights.head).astype(jnp.float32), sampling, end)
-        return chosen, route_next(shape, weights.router, state.router, chosen.tokens, end, _row(chunk.row))
+        return chosen, route_next(shape, weights.router, chosen.tokens, end, past)
 
     def nothing() -> tuple[Any, Any]:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose_next))

@@ -29,6 +29,7 @@ from readme_jax.models.segments import Expert
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving import decode as decoding
 from readme_jax.serving import prefill as prefilling
+from readme_jax.serving.attend_kernel import BLOCK
 from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, bucket, decode_shapes, present_buckets
 from readme_jax.serving.decode import Sampled, Shape, Weights
 from readme_jax.serving.prefill import Chunk, Scores
@@ -68,6 +69,9 @@ class Programs:
         mixture = model if isinstance(model, Mixture) else None
         if mixture is not None and mixture.router is None and mixture.mixture.num_experts > 1:
             raise CheckpointError(f"a mixture of {mixture.mixture.num_experts} experts needs a router to serve")
+        if mixture is not None and mixture.router_config is not None and mixture.router_config.kind != "pregating":
+            kind = mixture.router_config.kind
+            raise CheckpointError(f"a {kind} router is not served: use `readme-jax generate`, or a pre-gating router")
         if limits.length > model.config.max_position:
             raise ConfigError(f"Limits.length = {limits.length}: the model takes {model.config.max_position} tokens")
         runtime = runtime_for(config.Model()) if runtime is None else runtime
@@ -80,6 +84,7 @@ class Programs:
             mixture.mixture if mixture else None,
             mixture.router_config if mixture else None,
             replace(runtime, layout="unrolled", remat=False),
+            limits.length,
         )
         self.device = self.mesh.devices.item()
         self._placed = SingleDeviceSharding(self.device)
@@ -237,7 +242,10 @@ class Programs:
 
     def _empty_state(self) -> State:
         s, limits = self.shape, self.limits
-        return empty_state(s.config, s.router, s.top_k, limits.rows, limits.stretches, s.runtime.dtype)
+        ends = limits.stretches
+        if s.runtime.decode == "kernel":
+            ends = (-(-limits.length // BLOCK) * BLOCK,)
+        return empty_state(s.config, s.router, s.top_k, limits.rows, ends, s.runtime.dtype)
 
     def _abstract_state(self) -> State:
         return self._abstract(jax.eval_shape(self._empty_state))

@@ -13,6 +13,7 @@ from masked_model import Masked
 from readme_jax.config import RopeScaling
 from readme_jax.errors import ConfigError
 from readme_jax.generate import Generator
+from readme_jax.models.runtime import Runtime
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import TOP, Samplings
@@ -23,6 +24,7 @@ LIMITS = Limits(rows=4, length=48, chunks=(8,), decode=(1, 4), stretches=(8, 20,
 PROMPTS = [[5, 3, 8, 1, 13, 2], [7], list(range(20)), [200, 100, 50, 25, 12, 6, 3, 1, 0]]
 FEW = Limits(rows=4, length=48, chunks=(8,), decode=(4,), stretches=(8, 20, 48))  # fewer programs
 THOROUGH = ("top1", "top2")
+GPU = Runtime(segments="masked", decode="kernel")  # as on a GPU, but in float32 and its kernel interpreted
 KINDS = ["dense", "top1", "top2", "tied", "own_rows"]
 
 
@@ -148,6 +150,23 @@ def test_rows_whose_expert_is_missing_change_nothing_and_run_again(tiny_model, s
             reruns += 1
             assert not len(driver.step(missing.tolist()))
     assert reruns > 2
+    for row, prompt in enumerate(PROMPTS):
+        driver.check(reference, row, prompt)
+
+
+@pytest.mark.parametrize("kind, changes", [("top1", {}), ("top2", {"sliding_window": 5})], ids=["top1", "window"])
+def test_the_kernel_of_gpus_changes_no_token(tiny_model, kind, changes):
+    model = tiny_model(kind)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+    driver, reference = Driver(Programs(model, ExpertStore(model), FEW, GPU)), Masked(model, LIMITS.length)
+    for row, prompt in enumerate(PROMPTS):
+        driver.start(row, prompt, chunk=[8, 1, 5, 3][row])
+    for i in range(6):
+        given = driver.experts([0]) if i % 2 else driver.experts(range(4))
+        missing = driver.step([0, 1, 2, 3], given)
+        if len(missing):
+            driver.step(missing.tolist())
+        driver.step([1, 3])
     for row, prompt in enumerate(PROMPTS):
         driver.check(reference, row, prompt)
 
