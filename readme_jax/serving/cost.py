@@ -113,6 +113,10 @@ class Costs:
         """Seconds of steps of so many tokens with so many experts present, elementwise."""
         return self.fixed + np.maximum(self.token * tokens, self.expert * experts)
 
+    def balance(self, experts: int) -> float:
+        """Tokens of a step whose arithmetic takes as long as all else of it, with so many experts present."""
+        return (self.fixed + self.expert * experts) / self.token
+
 
 class CostModel:
     """Times of steps of a `shape` on a `device`."""

@@ -14,6 +14,8 @@ from readme_jax.serving.work import Batch, Room, Sequence, mask_from
 
 EXHAUSTIVE = 6  # missing experts up to which every set of them is scored
 SIZES = 6  # amounts of prefill that are scored
+AHEAD = 1.5  # times the prefill that keeps rows as they are, while all is resident
+LEAST = 1.5  # times the tokens at which arithmetic hides reading weights: the least prefill then
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Lookahead:
     weight of its tokens, 1 a decode and `prefill_weight` a token of a prompt, times 1 + age / `ageing`; its price
     max(compute, missing experts x load time). The best ratio wins. Chunks of prompts are cut where the route leaves the
     set, shortest remaining prompt first, with ageing.
+
+    Where every expert is resident there is no set to choose: every decode runs, and only the amount of prefill is
+    open. Small steps serve decodes best while there are many of them, large ones waste least on a backlog of prompts.
+    So as many tokens of prompts join as keep all rows decoding: the prompt tokens of what decodes, over the tokens it
+    has got so far, times the sequences that hold a row or can have one; at least so many that arithmetic hides reading
+    weights.
 
     The bound. A sequence that has not run for `patience` seconds is overdue, and the next tokens of overdue sequences
     go first, those of the one that waits longest deciding experts that must be in the set. While the budget is at
@@ -43,7 +51,7 @@ class Lookahead:
     patience: float = 10.0  # seconds
     ageing: float = 0.5  # seconds of waiting that double a token's weight
     prefill_weight: float = 0.05  # of a prompt's token against a decode's
-    seniority: float = 0.1  # seconds of prefill that a prompt gains on the others in each second it waits
+    seniority: float = 0.2  # seconds of prefill that a prompt gains on the others in each second it waits
 
     def pick(self, sequences: Iterable[Sequence], resident: frozenset[int], now: float, room: Room) -> Batch:
         """See `Scheduler.pick`."""
@@ -55,13 +63,23 @@ class Lookahead:
         overdue.sort(key=lambda s: (s.last_run, s.arrival, s.id))
         forced = overdue[0].next_mask if overdue else 0
         mask, prefill = mask_from(resident), 0
-        if prompts or any(s.next_mask & ~mask for s in decodes):  # else there is nothing to choose
+        if len(resident) >= self.experts:
+            prefill = self._steady(decodes, prompts)
+        elif prompts or any(s.next_mask & ~mask for s in decodes):  # else there is nothing to choose
             mask, prefill = _Queue(self, decodes, prompts, now).best(mask, forced)
         overdue = [s for s in overdue if not s.next_mask & ~mask]
         decodes = [s for s in decodes if not s.next_mask & ~mask]
         filling = Filling(min(self.budget, max(len(decodes) + prefill, len(overdue))), room)
         self._fill(filling, overdue, decodes, prompts, mask)
         return filling.batch()
+
+    def _steady(self, decodes: list[Sequence], prompts: list[Sequence]) -> int:
+        """Tokens of prompts to run beside all decodes, with every expert resident."""
+        if not decodes or not prompts:
+            return self.budget
+        made = sum(s.known - s.prompt for s in decodes)
+        steady = AHEAD * sum(s.prompt for s in decodes) / max(made, 1) * (len(decodes) + len(prompts))
+        return int(min(max(steady, LEAST * self.costs.balance(self.experts)), self.budget))
 
     def _fill(
         self, filling: Filling, overdue: list[Sequence], decodes: list[Sequence], prompts: list[Sequence], mask: int
@@ -154,8 +172,7 @@ class _Queue:
 
     def _amounts(self) -> list[int]:
         """Sizes of batch to try: no prefill, then the budget, halved down to where arithmetic hides reading weights."""
-        costs = self.policy.costs
-        least = max((costs.fixed + costs.expert * self.policy.experts) / costs.token, 1.0)
+        least = max(self.policy.costs.balance(self.policy.experts), 1.0)
         sizes = [self.policy.budget]
         while sizes[-1] >= 2 * least and len(sizes) < SIZES:
             sizes.append(sizes[-1] // 2)

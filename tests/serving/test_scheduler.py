@@ -159,6 +159,18 @@ def test_lookahead_runs_everything_when_everything_is_resident() -> None:
     assert len(batch.chunks) == 10
 
 
+@pytest.mark.parametrize(("prompt", "made", "small"), [(8, 200, True), (400, 4, False)])
+def test_lookahead_with_all_resident_takes_the_prefill_that_keeps_rows_decoding(prompt, made, small) -> None:
+    """Long answers to short prompts: small steps, that decode often. Long prompts, short answers: large ones."""
+    decodes = [sequence(i, [0] * (prompt + made + 1), prompt=prompt, computed=prompt + made) for i in range(20)]
+    waiting = [sequence(100 + i, [1] * 3000) for i in range(4)]
+    batch = Lookahead(8192, COSTS, EXPERTS).pick([*decodes, *waiting], frozenset(range(EXPERTS)), 0.0, Room(4))
+    assert {c.sequence.id for c in batch.chunks} >= set(range(20))
+    assert (batch.tokens < 1000) is small
+    alone = Lookahead(8192, COSTS, EXPERTS).pick(waiting, frozenset(range(EXPERTS)), 0.0, Room(4))
+    assert alone.tokens == 8192  # nobody to keep waiting
+
+
 def test_lookahead_with_many_missing_experts_considers_nested_sets() -> None:
     decodes = [sequence(i, [i, i], prompt=1, computed=1) for i in range(12)]
     batch = Lookahead(64, COSTS, 12).pick(decodes, frozenset({0}), 0.0, Room(0))
