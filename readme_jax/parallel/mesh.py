@@ -21,17 +21,18 @@ from readme_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
-# Logical axis -> mesh axes. Tokens are spread over `data` and `fsdp`; weights over `fsdp` on their model-width side
-# and over `tensor` on the other.
+# Logical axis -> mesh axes. Rows of a batch are spread over `data`, `fsdp` and `expert`; weights over `fsdp` and
+# `expert` on their model-width side and over `tensor` on the other. Experts are stored like all other weights, so any
+# number of them lies on any mesh; a layer hands them out over `expert` when it runs (models/experts.py).
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
-    "expert": ("expert",),
+    "expert": (),
     "vocab": ("tensor",),
     "layers": (),
 }
@@ -72,13 +73,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return _lay_out(x, spec)
 
 
+def spread_weight(w: jax.Array, *names: str | None) -> jax.Array:
+    """Lay a weight out by its logical axes inside a step: like `constrain`, whole along what does not divide."""
+    return _lay_out(w, partition("a weight", w.shape, names, jax.sharding.get_abstract_mesh()))
+
+
 @partial(jax.jit, static_argnums=1, inline=True)  # also takes an array made outside the mesh
 def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def sharding_for(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> NamedSharding:
-    """Sharding of one tensor; a small tensor whose dimension does not divide stays whole along it.
+def partition(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
+    """How one tensor is spread; a small one whose dimension does not divide stays whole along it.
 
     Raises ConfigError, naming the tensor, when a large one does not divide.
     """
@@ -88,7 +94,23 @@ def sharding_for(path: str, shape: tuple[int, ...], names: tuple[str | None, ...
         if size % ways and math.prod(shape) >= SMALL:
             raise ConfigError(f"{path} {shape}: {size} does not divide over {' x '.join(axes)} = {ways} devices")
         spec.append(None if size % ways or not axes else axes)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
+
+
+def sharding_for(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> NamedSharding:
+    """Sharding of one tensor: see `partition`."""
+    return NamedSharding(mesh, partition(path, shape, names, mesh))
+
+
+def mesh_axes(axes: Any, mesh: Any) -> tuple[str, ...]:
+    """Those of a dimension's mesh axes (an entry of a partition) that hold more than one device."""
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(a for a in named if mesh.shape[a] > 1)
+
+
+def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
+    """Inside `jax.shard_map`: the whole of a dimension that is spread over mesh axes; its gradient is summed."""
+    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
 
 
 def tree_shardings(boxed: Any, mesh: Any) -> Any:
@@ -109,7 +131,7 @@ def replicated(mesh: Any) -> NamedSharding:
 
 
 def batch_sharding(mesh: Any) -> NamedSharding:
-    """The sharding of a batch: rows over data and fsdp."""
+    """The sharding of a batch: rows over data, fsdp and expert."""
     return NamedSharding(mesh, partition_spec("batch"))
 
 
@@ -119,9 +141,9 @@ def batch_ways(mesh: Any) -> int:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
-    """A host batch on the mesh, rows over data and fsdp. Raises ConfigError when the rows do not divide."""
+    """A host batch on the mesh, rows over data, fsdp and expert. Raises ConfigError when the rows do not divide."""
     ways = batch_ways(mesh)
     rows = len(next(iter(batch.values())))
     if rows % ways:
-        raise ConfigError(f"a batch of {rows} sequences does not divide over data x fsdp = {ways} devices")
+        raise ConfigError(f"a batch of {rows} sequences does not divide over {' x '.join(BATCH_AXES)} = {ways} devices")
     return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}

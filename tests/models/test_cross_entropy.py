@@ -91,3 +91,16 @@ def test_bfloat16_hidden_states_keep_float32_loss_and_head_gradient(case):
     np.testing.assert_allclose(got, want, rtol=1e-5)  # logits of rounded inputs are exact in float32
     for a, b in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.02 * float(np.abs(b).max()))
+
+
+def test_a_long_batch_is_a_loop_and_not_a_program_of_every_block():
+    """128 x 4096 positions: the program's size does not grow with the number of blocks."""
+
+    def size(length):
+        rows, head = jax.ShapeDtypeStruct((128, length), jnp.int32), jax.ShapeDtypeStruct((VOCAB, WIDTH), jnp.float32)
+        hidden = jax.ShapeDtypeStruct((128, length, WIDTH), jnp.bfloat16)
+        weights = jax.ShapeDtypeStruct((128, length), jnp.float32)
+        both = jax.jit(jax.value_and_grad(lambda h, w, t, m: lm_loss(h, w, t, m, None, 0.0), argnums=(0, 1)))
+        return len(both.lower(hidden, head, rows, weights).as_text().splitlines())
+
+    assert size(4096) == size(64)

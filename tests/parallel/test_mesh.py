@@ -64,15 +64,15 @@ def test_constrain_refuses_what_it_cannot_lay_out():
 
 def test_every_rule_names_mesh_axes():
     assert {a for axes in meshes.RULES.values() for a in axes} <= set(meshes.MESH_AXES)
-    assert partition_spec("batch", "length", None) == PartitionSpec(("data", "fsdp"), None, None)
-    assert partition_spec("vocab", "embed") == PartitionSpec(("tensor",), ("fsdp",))
+    assert partition_spec("batch", "length", None) == PartitionSpec(("data", "fsdp", "expert"), None, None)
+    assert partition_spec("vocab", "embed") == PartitionSpec(("tensor",), ("fsdp", "expert"))
 
 
 def test_a_large_tensor_must_divide_and_a_small_one_may_stay_whole():
     mesh = abstract(fsdp=8)
-    assert sharding_for("w", (1024, 64), ("ffn", "embed"), mesh).spec == PartitionSpec(("tensor",), ("fsdp",))
+    assert sharding_for("w", (1024, 64), ("ffn", "embed"), mesh).spec == PartitionSpec(("tensor",), ("fsdp", "expert"))
     assert sharding_for("w", (100, 60), ("ffn", "embed"), mesh).spec == PartitionSpec(("tensor",), None)
-    with pytest.raises(ConfigError, match=r"layers_3.gate \(2048, 60\): 60 does not divide over fsdp = 8 devices"):
+    with pytest.raises(ConfigError, match=r"layers_3.gate \(2048, 60\): 60 does not divide over fsdp x expert = 8 dev"):
         sharding_for("layers_3.gate", (2048, 60), ("ffn", "embed"), mesh)
 
 
@@ -96,7 +96,7 @@ def test_every_parameter_of_a_mixture_has_axes(layout):
 
 def test_a_batch_must_divide_over_its_devices():
     batch = {"tokens": np.zeros((6, 4), np.int32)}
-    with pytest.raises(ConfigError, match="a batch of 6 sequences does not divide over data x fsdp = 4 devices"):
-        put_batch(batch, Sizes({"data": 2, "fsdp": 2}))
+    with pytest.raises(ConfigError, match="a batch of 6 sequences does not divide over data x fsdp x expert = 4"):
+        put_batch(batch, Sizes({"data": 2, "fsdp": 2, "expert": 1}))
     mesh = make_mesh(config.Mesh(), jax.devices()[:1])
-    assert put_batch(batch, mesh)["tokens"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert put_batch(batch, mesh)["tokens"].sharding.spec == PartitionSpec(("data", "fsdp", "expert"))
