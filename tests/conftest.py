@@ -61,21 +61,23 @@ def quickly_compiled() -> Iterator[None]:
 def tiny_model() -> Callable[..., Dense | Mixture]:
     """Random models by kind: `dense`, or one of MIXTURES, sliced from that dense model by random masks."""
 
-    def build(kind: str, tokenizer: Tokenizer | None = None) -> Dense | Mixture:
+    def build(
+        kind: str, tokenizer: Tokenizer | None = None, experts: int = TINY_EXPERTS, config: ModelConfig = TINY
+    ) -> Dense | Mixture:
         rng = np.random.default_rng(0)
-        layers = {f"layers_{i}": block_table(TINY, None, stack=False) for i in range(TINY.num_layers)}
-        params = random_tree({**outer_table(TINY), **layers}, rng)
+        layers = {f"layers_{i}": block_table(config, None, stack=False) for i in range(config.num_layers)}
+        params = random_tree({**outer_table(config), **layers}, rng)
         if kind == "dense":
-            return Dense(TINY, params, tokenizer)
+            return Dense(config, params, tokenizer)
         permanent, tied, top_k = MIXTURES[kind]
-        scores = rng.random((TINY.num_layers, TINY_EXPERTS, TINY.ffn_dim)) + 0.4 * rng.random((TINY.ffn_dim,))
-        masks = np.argsort(np.argsort(-scores, axis=-1), axis=-1) < TINY.ffn_dim // 2
+        scores = rng.random((config.num_layers, experts, config.ffn_dim)) + 0.4 * rng.random((config.ffn_dim,))
+        masks = np.argsort(np.argsort(-scores, axis=-1), axis=-1) < config.ffn_dim // 2
         mixture, channels = lay_out(masks, permanent, tied, top_k, align=1)
         cut = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in params.items()}
-        shape = RouterConfig(TINY.vocab_size, TINY_EXPERTS, dim=16, num_heads=2, head_dim=8, mlp_dim=16)
+        shape = RouterConfig(config.vocab_size, experts, dim=16, num_heads=2, head_dim=8, mlp_dim=16)
         router = random_tree(router_table(shape), rng)
-        about = {"facts": {"experts": [f"domain_{e}" for e in range(TINY_EXPERTS)]}}
-        return Mixture(TINY, mixture, cut, channels, shape, router, tokenizer, about)
+        about = {"facts": {"experts": [f"domain_{e}" for e in range(experts)]}}
+        return Mixture(config, mixture, cut, channels, shape, router, tokenizer, about)
 
     return build
 
