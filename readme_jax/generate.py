@@ -22,6 +22,7 @@ from readme_jax.errors import CheckpointError, ConfigError
 from readme_jax.models import attention
 from readme_jax.models.experts import plan_batch
 from readme_jax.models.feed_forward import linear
+from readme_jax.models.layerwise import with_gates
 from readme_jax.models.llama import Llama, head_weight
 from readme_jax.models.router import Router, choose, router_cache
 from readme_jax.models.runtime import Runtime, runtime_for
@@ -107,6 +108,9 @@ class Generator:
             self.params = jax.tree.map(lambda w: jnp.asarray(w, self.runtime.dtype), model.params)
             self.router = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), mixture.router if mixture else None)
             self.channels = jax.tree.map(jnp.asarray, mixture.channels if mixture else None)
+        self.layerwise = self.router_config is not None and self.router_config.kind == "layerwise"
+        if self.layerwise:  # each layer routes for itself: nothing to report or to cache before it runs
+            self.channels, self.router_config = with_gates(self.channels, self.router["gates"]), None
         self._prefill = jax.jit(self._first, static_argnames=("greedy", "slots"))
         self._decode = jax.jit(self._next, static_argnames=("greedy",), donate_argnames=("state",))
 
@@ -177,7 +181,7 @@ class Generator:
 
     def _route(self, router: Any, tokens: Any, valid: Any, cache: Any) -> tuple[Any, Any, Any]:
         """Experts and weights [B, T, K] of tokens [B, T], and the router's cache."""
-        if self.mixture is None:
+        if self.mixture is None or self.layerwise:
             return None, None, None
         if self.router_config is None:  # one expert
             return jnp.zeros((*tokens.shape, 1), jnp.int32), jnp.ones((*tokens.shape, 1)), None
@@ -188,7 +192,7 @@ class Generator:
         """Logits [B, V] of the last position, and the backbone's cache."""
         params, _, channels = weights
         plan = None
-        if self.mixture is not None:
+        if self.mixture is not None and not self.layerwise:
             plan = plan_batch(experts, self.mixture.num_experts, mixed if self.mixture.top_k > 1 else None)
         hidden, cache = self.backbone.apply({"params": params}, tokens, plan, channels, valid, cache)
         return linear(hidden[:, -1], head_weight(params)).astype(jnp.float32), cache

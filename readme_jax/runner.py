@@ -32,12 +32,13 @@ from readme_jax.models.runtime import Runtime, runtime_for
 from readme_jax.parallel.mesh import make_mesh, replicated
 from readme_jax.progress import meter
 from readme_jax.refactor.convert import convert
+from readme_jax.refactor.groups import ByExpert, Grouping, expert_count, group_text
 from readme_jax.report.page import write_report
 from readme_jax.tuning import resume as resumption
 from readme_jax.tuning.journal import Journal
 from readme_jax.tuning.rounds import Parts, Progress, Tuner
-from readme_jax.tuning.routes import DomainRoutes, RouterRoutes
-from readme_jax.tuning.schedule import Position, Stage, check_same, schedule_of
+from readme_jax.tuning.routes import DomainRoutes, LayerwiseRoutes, RouterRoutes, routes_of
+from readme_jax.tuning.schedule import STAGES, Position, Stage, check_same, schedule_of
 from readme_jax.tuning.step import backbone_table, place, shard_table
 
 WINDOW = 1024  # tokens of a validation window, or the sequence length where that is shorter
@@ -125,14 +126,8 @@ def prepare(run: config.Run, output: Path, mesh: Any, store: Store, began: float
 
 def slice_dense(s: Setting) -> dict[str, Any]:
     """Slice the dense model, start the router, and save both as the checkpoint of step 0; returns its meta."""
-    run, domains = s.run, s.corpus.domains
-    settings = run.slice
-    calibration = {
-        d: np.concatenate(
-            list(s.corpus.calibration(d, settings.calibration_tokens, settings.calibration_batch, run.seed))
-        )
-        for d in domains
-    }
+    run, settings = s.run, s.run.slice
+    calibration = calibration_text(s)
     with meter("slice", sum(t.size for t in calibration.values())) as tick:
         dense = to_layout(s.dense.params, "unrolled")
         sliced = convert(dense, s.dense.config, calibration, settings, s.runtime, tick)
@@ -145,17 +140,37 @@ def slice_dense(s: Setting) -> dict[str, Any]:
     channels = jax.device_put(to_layout(sliced.channels, s.runtime.layout), replicated(s.mesh))
     untuned = Evaluator(s.dense.config, sliced.mixture, s.runtime, s.mesh)
     routes = DomainRoutes(sliced.mixture.num_experts, sliced.mixture.top_k)
+    grouping = group_text(calibration, settings)
     meta = {
         "config": config.to_dict(run),
         "mixture": asdict(sliced.mixture),
         "router": asdict(router_config),
         "facts": sliced.facts,
         "dense": perplexities(_losses(s, "dense", Evaluator(s.dense.config, None, s.runtime, s.mesh), s.dense.params)),
-        "sliced": perplexities(_losses(s, "sliced", untuned, backbone, routes, channels)),
+        "sliced": perplexities(_losses(s, "sliced", untuned, backbone, routes, channels, grouping)),
     }
     resumption.save(s.store, Progress(0, backbone, router, key), channels, meta | {"seconds": s.seconds})
     s.store.wait()
     return meta
+
+
+def calibration_text(s: Setting) -> dict[str, np.ndarray]:
+    """Calibration tokens [n, T] of each domain."""
+    settings = s.run.slice
+    return {
+        d: np.concatenate(
+            list(s.corpus.calibration(d, settings.calibration_tokens, settings.calibration_batch, s.run.seed))
+        )
+        for d in s.corpus.domains
+    }
+
+
+def text_groups(s: Setting) -> Grouping:
+    """Which text is whose expert's; calibration text is read again only where it decides that."""
+    domains, settings = s.corpus.domains, s.run.slice
+    if expert_count(settings, len(domains)) > len(domains):
+        return group_text(calibration_text(s), settings)
+    return group_text({d: np.zeros((0, 1), np.int32) for d in domains}, settings)
 
 
 def take_up(s: Setting, meta: Mapping[str, Any]) -> tuple[Parts, Progress]:
@@ -173,6 +188,7 @@ def take_up(s: Setting, meta: Mapping[str, Any]) -> tuple[Parts, Progress]:
 def tune(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress, fresh: bool) -> None:
     """The alternating rounds, from wherever `progress` is; it is changed in place."""
     run = s.run
+    grouping = text_groups(s)
     batches = {
         "router": s.corpus.batches("router", run.router_stage.batch, run.seed),
         "experts": s.corpus.batches("experts", run.expert_stage.batch, run.seed),
@@ -188,7 +204,7 @@ def tune(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress, fre
         resumption.save(s.store, progress, parts.channels, meta | {"seconds": s.seconds})
 
     journal = Journal(s.output, None if fresh else progress.done)
-    sources: dict[Stage, Any] = {"router": batches["router"], "experts": batches["experts"]}
+    sources: dict[Stage, Any] = {stage: ByExpert(batches[stage], grouping) for stage in STAGES}
     try:
         Tuner(run, parts, sources, s.mesh, journal, save, evaluate).tune(progress)
     finally:
@@ -196,11 +212,11 @@ def tune(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress, fre
         s.store.close()
 
 
-def own_routes(parts: Parts, router: Any) -> RouterRoutes | DomainRoutes:
+def own_routes(parts: Parts, router: Any) -> RouterRoutes | LayerwiseRoutes | DomainRoutes:
     """The routes a mixture is served with: its router's, or of one expert the only ones."""
     if parts.mixture.num_experts == 1:
         return DomainRoutes(1)
-    return RouterRoutes(router, parts.router, parts.mixture.top_k)
+    return routes_of(router, parts.router, parts.mixture.top_k)
 
 
 # --- after tuning -------------------------------------------------------------------------------------------------
@@ -242,11 +258,9 @@ def use_of_experts(
     with meter("experts by domain", experts * sum(w.size for w in some.values())) as tick:
         matrix = expert_matrix(evaluator, progress.backbone, some, parts.channels, tick)
     repeats = [repeat_rate(each.experts) for each in losses.values() if each.experts is not None]
-    known = {
-        "matrix": matrix.perplexity.tolist(),  # [expert][domain]
-        "usage": usage(losses, experts),
-        "repeats": float(np.mean(repeats)),
-    }
+    known: dict[str, Any] = {"matrix": matrix.perplexity.tolist()}  # [expert][domain]
+    if repeats:  # routes are one for all layers
+        known |= {"usage": usage(losses, experts), "repeats": float(np.mean(repeats))}
     if any(len(windows) > len(some[d]) for d, windows in s.validation.items()):
         return known  # the oracle of other text than `geo_mean` is of would mislead
     return known | {"oracle": geometric_mean(matrix.oracle.values())}
@@ -290,9 +304,18 @@ def export(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress) -
 
 
 def _losses(
-    s: Setting, name: str, evaluator: Evaluator, params: Any, routes: Any = None, channels: Any = None
+    s: Setting,
+    name: str,
+    evaluator: Evaluator,
+    params: Any,
+    routes: Any = None,
+    channels: Any = None,
+    grouping: Grouping | None = None,
 ) -> dict[str, Losses]:
+    def label(windows: np.ndarray, domain: int) -> int | np.ndarray:
+        return domain if grouping is None else grouping.experts(windows, np.full(len(windows), domain))
+
     with meter(f"evaluate {name}", sum(w.size for w in s.validation.values())) as tick:
-        losses = evaluator.domains(params, s.validation, routes, channels, tick)
+        losses = evaluator.domains(params, s.validation, routes, channels, tick, label)
     trim()
     return losses

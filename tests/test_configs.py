@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from readme_jax import config
+from readme_jax.checkpoints.known import SHAPES
 from readme_jax.cli import settings
 from readme_jax.errors import ConfigError
 
@@ -32,14 +34,58 @@ def test_every_golden_file_has_its_recipe():
     assert {p.stem for p in GOLDEN.glob("*.json")} == {p.stem for p in RECIPES}
 
 
-@pytest.mark.parametrize("part", ABLATIONS + MODELS, ids=lambda p: p.stem)
-def test_part_composes_with_a_recipe_and_changes_it(part):
-    undoes_best = part.stem in {"refit_none", "eq4_router"}  # what the paper does
-    recipe = ROOT / "configs" / "recipes" / ("best.gin" if undoes_best else "paper.gin")
-    alone, composed = settings.load_run([recipe]), settings.load_run([recipe, part])
-    assert composed.data == alone.data
-    if part.stem not in {"llama2_7b", "tied"}:  # the recipe's own model; tied is checked below
-        assert composed != alone
+def flat(run: config.Run) -> dict[str, object]:
+    out: dict[str, object] = {}
+    for section, values in config.to_dict(run).items():
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            out[f"{section}.{name}".rstrip(".")] = value
+    return out
+
+
+def effect(part: Path) -> dict[str, dict[str, object]]:
+    """What a part sets, resolved, and over which recipes that is a change: {field: [value, recipes it changes]}."""
+    bound = {flat_name(line) for line in part.read_text().splitlines() if "=" in line.split("#")[0]}
+    out: dict[str, dict[str, object]] = {name: {} for name in sorted(bound)}
+    for recipe in ("paper", "best"):
+        path = ROOT / "configs" / "recipes" / f"{recipe}.gin"
+        alone, composed = flat(settings.load_run([path])), flat(settings.load_run([path, part]))
+        changed = {name for name in composed if composed[name] != alone[name]}
+        assert changed <= bound, f"{part.stem} changes more than it binds: {changed - bound}"
+        for name in bound:
+            out[name] |= {"value": composed[name], f"over_{recipe}": alone[name]}
+    return out
+
+
+def flat_name(line: str) -> str:
+    section, name = line.split("=")[0].strip().split(".")
+    classes = {c.__name__: field for field, c in settings.SECTIONS.items()}
+    return f"{classes[section]}.{name}"
+
+
+def ablation_effects() -> str:
+    return json.dumps({part.stem: effect(part) for part in ABLATIONS}, indent=1) + "\n"
+
+
+def test_effect_of_every_ablation_is_the_committed_one():
+    wanted = (GOLDEN / "ablations" / "effects.json").read_text()
+    assert ablation_effects() == wanted, f"run python {Path(__file__).name} to accept it"
+
+
+@pytest.mark.parametrize("part", ABLATIONS, ids=lambda p: p.stem)
+def test_every_ablation_changes_a_recipe_or_undoes_another_ablation(part):
+    bases = [[ROOT / "configs" / "recipes" / f"{recipe}.gin"] for recipe in ("paper", "best")]
+    bases += [[*base, other] for base in bases for other in ABLATIONS if other.stem.split("_")[0] in part.stem]
+    assert any(settings.load_run(base) != settings.load_run([*base, part]) for base in bases)
+
+
+@pytest.mark.parametrize("part", MODELS, ids=lambda p: p.stem)
+def test_every_model_composes_and_its_shape_is_known(part):
+    recipe = ROOT / "configs" / "recipes" / "paper.gin"
+    run = settings.load_run([recipe, part])
+    shape = SHAPES[run.model.checkpoint]
+    assert run.data.sequence_length <= shape.max_position
+    assert (run.slice.align == 128) == (run.model.layout == "scanned") or "smollm2" in part.stem
+    assert run.router_stage == settings.load_run([recipe]).router_stage
 
 
 def test_paper_recipe_is_table_2():
@@ -48,8 +94,20 @@ def test_paper_recipe_is_table_2():
     assert (run.tuning.rounds, run.tuning.round_decay) == (8, 0.8)
     assert (run.router_stage.steps, run.router_stage.batch, run.router_stage.lr) == (100, 64, 5e-4)
     assert (run.expert_stage.steps, run.expert_stage.batch, run.expert_stage.lr) == (200, 128, 5e-5)
-    tokens = run.data.sequence_length * run.expert_stage.batch * run.expert_stage.steps
-    assert round(tokens / 1e6) == 105
+    router, experts = (s.batch * s.steps * run.data.sequence_length for s in (run.router_stage, run.expert_stage))
+    assert (round(router / 1e6), round(experts / 1e6)) == (26, 105)
+    assert round(run.tuning.rounds * (router + experts) / 1e7) == 105  # 1.05B; the paper says 1.04B of 26M + 105M
+
+
+@pytest.mark.parametrize("name, checkpoint", [("llama2", "Llama-2-7b-chat-hf"), ("mistral", "Mistral-7B-v0.1")])
+def test_readme_recipes_are_the_papers_run_on_redpajama(name, checkpoint):
+    run, paper = (
+        settings.load_run([ROOT / "configs" / "recipes" / f"{r}.gin"]) for r in (f"readme_{name}_7b", "paper")
+    )
+    assert run.model.checkpoint.endswith(checkpoint) and run.data.source == "redpajama"
+    assert len(run.data.domains) == 7 and run.data.sequence_length == 4096 and run.data.mixture == "natural"
+    for section in ("slice", "router", "router_stage", "expert_stage", "tuning"):
+        assert getattr(run, section) == getattr(paper, section)
 
 
 def test_parameters_win_over_files_and_resolve_back():
@@ -120,3 +178,5 @@ if __name__ == "__main__":
     for recipe in RECIPES:
         golden(recipe).write_text(settings.resolved(settings.load_run([recipe])))
         print(golden(recipe).relative_to(ROOT))
+    (GOLDEN / "ablations").mkdir(exist_ok=True)
+    (GOLDEN / "ablations" / "effects.json").write_text(ablation_effects())

@@ -13,7 +13,7 @@ from readme_jax.evaluation.perplexity import Evaluator, Losses
 from readme_jax.models.runtime import runtime_for
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.progress import meter
-from readme_jax.tuning.routes import DomainRoutes, RouterRoutes
+from readme_jax.tuning.routes import DomainRoutes, LayerwiseRoutes, RouterRoutes, routes_of
 
 
 def measure(
@@ -35,11 +35,11 @@ def measure(
     return losses, expert_names(mixture) if mixture else []
 
 
-def own_routes(mixture: Mixture) -> RouterRoutes | DomainRoutes:
+def own_routes(mixture: Mixture) -> RouterRoutes | LayerwiseRoutes | DomainRoutes:
     """The routes a mixture is served with: its router's, or of one expert the only ones."""
     if mixture.mixture.num_experts == 1:
         return DomainRoutes(1)
     if mixture.router is None or mixture.router_config is None:
         raise CheckpointError(f"a mixture of {mixture.mixture.num_experts} experts without a router has no routes")
     router = jax.tree.map(jax.numpy.asarray, mixture.router)
-    return RouterRoutes(router, mixture.router_config, mixture.mixture.top_k)
+    return routes_of(router, mixture.router_config, mixture.mixture.top_k)

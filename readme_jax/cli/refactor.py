@@ -73,7 +73,8 @@ def _execute(loaded: LoadedRun, resume: bool) -> dict[str, Any]:
 
 def dense_slice(run: config.Run) -> config.Run:
     """The baseline of Table 5: one slice of the same width for all domains, tuned on the same tokens."""
-    return replace(run, output=str(Path(run.output) / SLICE), slice=replace(run.slice, experts="one", top_k=1))
+    one = replace(run.slice, experts="one", num_experts=0, top_k=1)
+    return replace(run, output=str(Path(run.output) / SLICE), slice=one)
 
 
 def answers(run: config.Run, prompt: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ SECTIONS: dict[str, type] = {
     "expert_stage": config.ExpertStage,
     "tuning": config.Tuning,
     "mesh": config.Mesh,
+    "cluster": config.Cluster,
 }
 _BOUND: dict[type, Any] = {c: gin.external_configurable(c, module="readme_jax") for c in SECTIONS.values()}
 _RUN = gin.external_configurable(config.Run, module="readme_jax", denylist=list(SECTIONS))
@@ -110,6 +111,7 @@ def from_json(text: str) -> config.Run:
 
 def from_dict(values: dict[str, Any]) -> config.Run:
     """The inverse of `config.to_dict`. Raises ConfigError on an unknown field or a bad value."""
+    values = {"cluster": {}} | values  # runs saved before there were several processes have none
     rest = {name: value for name, value in values.items() if name not in SECTIONS}
     try:
         return config.Run(**rest, **{name: c(**values[name]) for name, c in SECTIONS.items()})

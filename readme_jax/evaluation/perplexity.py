@@ -20,13 +20,18 @@ from readme_jax.models.experts import plan_batch
 from readme_jax.models.llama import Llama, head_weight
 from readme_jax.models.runtime import Runtime
 from readme_jax.parallel.mesh import batch_sharding, batch_ways, put_batch
+from readme_jax.tuning.routes import LayerwiseRoutes, gated
 
 Params = Mapping[str, Any]
 Tick = Callable[[int], None]
+Label = Callable[[np.ndarray, int], int | np.ndarray]
 
 
 class Losses(NamedTuple):
-    """Of windows [n, T]: nats [n, T - 1] of every token after the first, experts [n, T, K] of all (None: dense)."""
+    """Of windows [n, T]: nats [n, T - 1] of every token after the first, experts [n, T, K] of all.
+
+    None of a dense model, and where each layer has its own.
+    """
 
     nats: np.ndarray
     experts: np.ndarray | None
@@ -64,7 +69,9 @@ class Evaluator:
 
     def _losses(self, params: Params, channels: Any, routes: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         tokens, plan, experts = batch["tokens"], None, None
-        if self.mixture is not None:
+        if isinstance(routes, LayerwiseRoutes):
+            channels = gated(channels, routes)
+        elif self.mixture is not None:
             experts, weights = routes(tokens, batch["domain"])
             plan = plan_batch(experts, self.mixture.num_experts, weights if self.mixture.top_k > 1 else None)
         hidden, _ = Llama(self.config, self.mixture, self.runtime).apply({"params": params}, tokens, plan, channels)
@@ -77,10 +84,10 @@ class Evaluator:
         windows: np.ndarray,
         routes: Any = None,
         channels: Params | None = None,
-        domain: int = 0,
+        domain: int | np.ndarray = 0,
         tick: Tick = lambda tokens: None,
     ) -> Losses:
-        """Losses of windows [n, T] int32, all of one domain (which routes by domain look at).
+        """Losses of windows [n, T] int32, all of one domain or each of its own [n] (which routes by domain look at).
 
         A mixture needs `routes`, and `channels` when it is tied. `tick` is told of tokens read. Raises DataError when
         there is no window.
@@ -90,11 +97,14 @@ class Evaluator:
         if (self.mixture is None) != (routes is None):
             raise ValueError("routes belong to a mixture, and a mixture needs them")
         nats, experts = [], []
+        labels = np.broadcast_to(np.asarray(domain, np.int32), (len(windows),))
         for start in range(0, len(windows), self.batch):
             rows = windows[start : start + self.batch]
-            full = np.concatenate([rows, np.repeat(rows[-1:], self.batch - len(rows), axis=0)])
+            missing = self.batch - len(rows)
+            full = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+            of = np.pad(labels[start : start + self.batch], (0, missing), mode="edge")
             with jax.set_mesh(self.mesh):
-                batch = put_batch({"tokens": full, "domain": np.full(self.batch, domain, np.int32)}, self.mesh)
+                batch = put_batch({"tokens": full, "domain": of}, self.mesh)
                 out = self._step(params, channels, routes, batch)
             nats.append(np.asarray(out[0])[: len(rows)])
             experts.append(None if out[1] is None else np.asarray(out[1])[: len(rows)])
@@ -109,10 +119,14 @@ class Evaluator:
         routes: Any = None,
         channels: Params | None = None,
         tick: Tick = lambda tokens: None,
+        label: Label = lambda windows, domain: domain,
     ) -> dict[str, Losses]:
-        """Losses of each domain's validation windows; domains count from 0 in the order of `validation`."""
+        """Losses of each domain's validation windows; domains count from 0 in the order of `validation`.
+
+        `label(windows, domain)` is what routes by domain see in place of the domain.
+        """
         return {
-            name: self.losses(params, windows, routes, channels, i, tick)
+            name: self.losses(params, windows, routes, channels, label(windows, i), tick)
             for i, (name, windows) in enumerate(validation.items())
         }
 

@@ -20,6 +20,7 @@ from readme_jax.config import MixtureConfig, ModelConfig
 from readme_jax.models import attention
 from readme_jax.models.experts import mixture_feed_forward
 from readme_jax.models.feed_forward import feed_forward, linear
+from readme_jax.models.layerwise import layer_plan
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import RoutePlan
 from readme_jax.models.weights import Weights, block_table, frozen, outer_table
@@ -98,8 +99,8 @@ def run_block(
         if mixture is None:
             y = feed_forward(p["ffn"], y)
         else:
-            assert ctx.plan is not None, "a mixture needs routes"
-            y = mixture_feed_forward(p, channels, mixture, runtime, y, ctx.plan)
+            plan = layer_plan(channels, mixture, y) if ctx.plan is None else ctx.plan
+            y = mixture_feed_forward(p, channels, mixture, runtime, y, plan)
     return constrain(x + y, "batch", "length", None), written
 
 

@@ -1,6 +1,7 @@
 """The router: a model of its own that reads token ids alone, so every route is known before the backbone runs.
 
 Table 1: one pre-norm causal transformer block with residuals and biases, a final norm and a linear layer to E experts.
+Of kind `tokenwise` (how the released code decodes) the block attends to the token itself alone: no context.
 
 # B batch, T length, R router width, E experts, K experts a token
 """
@@ -17,6 +18,7 @@ from einops import rearrange
 
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.models import attention
+from readme_jax.models.choice import choose as choose  # what a router's logits are for
 from readme_jax.models.llama import embed_tokens, rms_norm
 from readme_jax.models.weights import Weight, Weights, frozen, router_table
 from readme_jax.parallel.mesh import constrain
@@ -64,12 +66,17 @@ def route_logits(
     y = rms_norm(x, p["attn_norm"], config.norm_eps)
     q, k, v = (rearrange(_affine(y, p[n]), "b t (h d) -> b t h d", d=config.head_dim) for n in "qkv")
     q, k = (attention.rotate(z, rotary, freqs) for z in (q, k))
-    if cache is None:
+    if cache is None and config.kind == "tokenwise":
+        out = v
+    elif cache is None:
         out = attention.causal_attention(q, k, v, positions, divisor=config.logit_divisor)
     else:
         assert positions is not None
         keys, values = attention.write_cache(cache, 0, k, v)
-        out = attention.cached_attention(q, keys, values, positions, cache.slots, divisor=config.logit_divisor)
+        if config.kind == "tokenwise":
+            out = v
+        else:
+            out = attention.cached_attention(q, keys, values, positions, cache.slots, divisor=config.logit_divisor)
         cache = attention.advance(cache, positions, (keys,), (values,))
     x = x + _affine(rearrange(out, "b t h d -> b t (h d)"), p["o"])
     y = rms_norm(x, p["mlp_norm"], config.norm_eps)
@@ -84,25 +91,27 @@ def router_cache(config: RouterConfig, batch: int, slots: int, dtype: Any = jnp.
 
 
 def start_router(key: jax.Array, config: RouterConfig, backbone_embed: jax.Array) -> dict[str, Any]:
-    """A random router whose embedding starts as the first R columns of the backbone's [V, D] (all of them if D < R)."""
+    """A random router whose embedding starts as the first R columns of the backbone's [V, D] (all of them if D < R).
+
+    Gates of layers (`layerwise`) start random alone.
+    """
+    if config.kind == "layerwise":
+        return {name: w.init(key, w.shape) for name, w in router_table(config).items() if isinstance(w, Weight)}
     start = jax.jit(lambda key: nn.unbox(Router(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
     params = start(key)  # jitted: one row does not divide over a mesh of many devices, and is never computed
     columns = min(config.dim, backbone_embed.shape[1])
     return params | {"embed": params["embed"].at[:, :columns].set(backbone_embed[:, :columns])}
 
 
-def choose(logits: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """Experts [B, T, K] int32 of each token, best first, and their weights: a softmax over the K (1 where K = 1)."""
-    values, experts = jax.lax.top_k(logits, top_k)
-    return experts.astype(jnp.int32), jax.nn.softmax(values, axis=-1)
-
-
 def config_for(router: Any, backbone: ModelConfig, num_experts: int) -> RouterConfig:
-    """The router of a run's settings (`config.Router`) for a backbone: its vocabulary and RoPE base."""
+    """The router of a run's settings (`config.Router`) for a backbone: its vocabulary and RoPE base, or its layers."""
+    layerwise = router.kind == "layerwise"
     return RouterConfig(
         vocab_size=backbone.vocab_size,
         num_experts=num_experts,
-        dim=router.dim,
+        kind=router.kind,
+        num_layers=backbone.num_layers if layerwise else 1,
+        dim=backbone.embed_dim if layerwise else router.dim,
         num_heads=router.num_heads,
         head_dim=router.head_dim,
         mlp_dim=router.mlp_dim,

@@ -96,7 +96,12 @@ def outer_table(config: ModelConfig) -> dict[str, Weight]:
 
 
 def router_table(config: RouterConfig) -> Table:
-    """Weights of the router (Table 1): biases on q, k, v, o, both MLP layers and the head."""
+    """Weights of the router (Table 1): biases on q, k, v, o, both MLP layers and the head.
+
+    Of kind `layerwise`: one gate [E, D] a layer, without bias.
+    """
+    if config.kind == "layerwise":
+        return {"gates": Weight((config.num_layers, config.num_experts, config.dim), ("layers", None, "embed"))}
     r, heads = config.dim, config.num_heads * config.head_dim
 
     def linear(rows: int, columns: int, out: str | None, inner: str | None) -> Table:

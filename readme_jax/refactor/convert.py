@@ -19,6 +19,7 @@ from readme_jax.config import MixtureConfig, ModelConfig
 from readme_jax.models.runtime import Runtime
 from readme_jax.refactor import refit, select
 from readme_jax.refactor.calibrate import Tick, batches, channel_statistics
+from readme_jax.refactor.groups import group_text
 from readme_jax.refactor.slice import lay_out, slice_layer
 
 Params = Mapping[str, Any]
@@ -43,12 +44,14 @@ def convert(
     runtime: Runtime,
     tick: Tick = lambda n: None,
 ) -> Sliced:
-    """Cut a dense model (unrolled tree) into one expert a domain, or one in all (`experts='one'`: the dense slice).
+    """Cut a dense model (unrolled tree) into one expert a domain, or one in all (`experts='one'`: the dense slice), or
+    as refactor/groups.py says for `num_experts`.
 
     `calibration` holds tokens [n, T] of each domain. Runs under a mesh. `tick` is told of tokens read.
     """
     width = max(1, round(settings.width * model.ffn_dim))
-    groups = [[d] for d in calibration] if settings.experts == "domains" else [list(calibration)]
+    grouping = group_text(calibration, settings)
+    calibration, groups = grouping.parts(calibration), grouping.groups
     permanent = settings.permanent and len(groups) > 1
     if settings.refit == "none" and settings.score != "obs":
         masks = _masks_by_statistics(params, model, calibration, groups, width, settings, runtime, tick)
@@ -63,8 +66,8 @@ def convert(
     }
     shared = masks.all(axis=1).mean(axis=-1) if permanent else np.zeros(model.num_layers)
     facts = {
-        "domains": list(calibration),
-        "experts": ["+".join(g) for g in groups],
+        "domains": list(grouping.domains),
+        "experts": grouping.names,
         "width": width,
         "overlap": select.overlap(masks).tolist(),
         "permanent_share": shared.tolist(),

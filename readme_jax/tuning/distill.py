@@ -74,25 +74,44 @@ def overlap_scores(
 
     `params` and `channels` are both unrolled or both scanned. Runs under a mesh.
     """
+    if "layers" in params:
+        rows = channels["layers"]["experts"]
+    else:
+        rows = [channels[f"layers_{i}"]["experts"] for i in range(config.num_layers)]
+    return over_layers(params, config, runtime, tokens, lambda y, a, rows: score(a, rows), rows)
+
+
+def over_layers(
+    params: Params,
+    config: ModelConfig,
+    runtime: Runtime,
+    tokens: jax.Array,
+    read: Callable[[jax.Array, jax.Array, Any], Any],
+    each: Any,
+) -> Any:
+    """One forward pass of a dense model over tokens [B, T]; what `read` says of each layer, stacked along a first axis.
+
+    `read(y, a, each of that layer)` sees the normed input y [B, T, D] and the channels' activations a [B, T, F] of its
+    feed-forward part. `each` has L entries where `params` are unrolled, a leading axis L where they are scanned.
+    """
     ctx = prepare(config, tokens)
 
-    def layer(x: jax.Array, p: Params, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def layer(x: jax.Array, p: Params, each: Any) -> tuple[jax.Array, Any]:
         p = jax.tree.map(lambda w: w.astype(runtime.dtype), dict(p))
         x, _ = attend(p, config, runtime, x, ctx)
-        a = activations(p["ffn"], rms_norm(x, p["ffn_norm"], config.norm_eps))
-        return constrain(x + linear(a, p["ffn"]["down"]), "batch", "length", None), score(a, rows)
+        y = rms_norm(x, p["ffn_norm"], config.norm_eps)
+        a = activations(p["ffn"], y)
+        return constrain(x + linear(a, p["ffn"]["down"]), "batch", "length", None), read(y, a, each)
 
     x = embed_tokens(params["embed"].astype(runtime.dtype), tokens)
     if "layers" in params:
-        _, scores = jax.lax.scan(
-            lambda x, each: layer(x, *each), x, (params["layers"], channels["layers"]["experts"])
-        )
-        return scores
+        _, out = jax.lax.scan(lambda x, both: layer(x, *both), x, (params["layers"], each))
+        return out
     by_layer = []
     for i in range(config.num_layers):
-        x, scores = layer(x, params[f"layers_{i}"], channels[f"layers_{i}"]["experts"])
-        by_layer.append(scores)
-    return jnp.stack(by_layer)
+        x, out = layer(x, params[f"layers_{i}"], each[i])
+        by_layer.append(out)
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *by_layer)
 
 
 def merged_dense(dense: Params, mixture: Params, channels: Params) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from readme_jax.parallel.mesh import put_batch, replicated
 from readme_jax.progress import meter
 from readme_jax.tuning.distill import merged_dense
 from readme_jax.tuning.journal import Journal
-from readme_jax.tuning.routes import RouterRoutes
+from readme_jax.tuning.routes import routes_of
 from readme_jax.tuning.schedule import Position, Schedule, Stage, schedule_of
 from readme_jax.tuning.step import (
     Step,
@@ -185,9 +185,9 @@ class Tuner:
         if stage == "experts":
             frozen: dict[str, Any] = {"channels": channels}
             if p.mixture.num_experts > 1:
-                frozen["routes"] = RouterRoutes(progress.router, p.router, p.mixture.top_k)
+                frozen["routes"] = routes_of(progress.router, p.router, p.mixture.top_k)
             return frozen | ({"teacher": p.dense} if run.expert_stage.distill else {})
-        if run.router_stage.objective == "domain":
+        if run.router_stage.objective == "domain" and p.router.kind != "layerwise":
             return {}
         if run.router_stage.objective == "expert_loss":
             return {"backbone": progress.backbone, "channels": channels}

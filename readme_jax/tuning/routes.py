@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax.config import RouterConfig
+from readme_jax.models.layerwise import with_gates
 from readme_jax.models.router import Router, choose
 
 Choice = tuple[jax.Array, jax.Array]
@@ -44,6 +45,31 @@ class RouterRoutes:
     def __call__(self, tokens: jax.Array, domain: jax.Array | None = None) -> Choice:
         logits, _ = Router(self.config).apply({"params": self.params}, tokens)
         return choose(logits, self.top_k)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerwiseRoutes:
+    """Routes that each layer finds for itself, by gates [L, E, D] on its input: none are known before it runs."""
+
+    gates: jax.Array
+    config: RouterConfig = _static()
+    top_k: int = _static(default=1)
+
+    def __call__(self, tokens: jax.Array, domain: jax.Array | None = None) -> Choice:
+        raise ValueError("a layerwise router has no routes before the backbone runs: use `gated`")
+
+
+def routes_of(router: Mapping[str, Any], config: RouterConfig, top_k: int = 1) -> RouterRoutes | LayerwiseRoutes:
+    """The routes of a trained router, of whichever kind it is."""
+    if config.kind == "layerwise":
+        return LayerwiseRoutes(router["gates"], config, top_k)
+    return RouterRoutes(router, config, top_k)
+
+
+def gated(channels: Any, routes: Any) -> Any:
+    """A mixture's channels, with the gates of routes that are found layer by layer beside them."""
+    return with_gates(channels, routes.gates) if isinstance(routes, LayerwiseRoutes) else channels
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,8 @@ from readme_jax.models.segments import RoutePlan
 from readme_jax.models.weights import Table, Weight, block_table, outer_table, router_table, stacked
 from readme_jax.parallel.mesh import batch_sharding, batch_ways, replicated, sharding_for
 from readme_jax.tuning import distill
-from readme_jax.tuning.routes import Routes
+from readme_jax.tuning.layerwise import layerwise_loss
+from readme_jax.tuning.routes import LayerwiseRoutes, Routes, gated
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]  # tokens [B, T] int32, domain [B] int32
@@ -214,8 +215,8 @@ def accumulated(loss: Loss, params: Any, batch: Batch, frozen: Params, parts: in
 def plan_for(
     routes: Routes | None, mixture: MixtureConfig | None, tokens: jax.Array, domain: jax.Array | None
 ) -> RoutePlan | None:
-    """The route plan of a batch: None for a dense model; one expert needs no routes."""
-    if mixture is None:
+    """The route plan of a batch: None for a dense model and for routes that layers find; one expert needs no routes."""
+    if mixture is None or isinstance(routes, LayerwiseRoutes):
         return None
     if mixture.num_experts == 1:
         return plan_batch(jnp.zeros((*tokens.shape, 1), jnp.int32), 1)
@@ -237,7 +238,8 @@ def build_expert_step(
     def loss(params: Any, batch: Batch, frozen: Params) -> tuple[jax.Array, Metrics]:
         tokens = batch["tokens"]
         plan = jax.lax.stop_gradient(plan_for(frozen.get("routes"), mixture, tokens, batch.get("domain")))
-        hidden, _ = network.apply({"params": params}, tokens, plan, frozen.get("channels"))
+        channels = gated(frozen.get("channels"), frozen.get("routes"))
+        hidden, _ = network.apply({"params": params}, tokens, plan, channels)
         teacher = None
         if stage.distill:
             known, _ = dense.apply({"params": frozen["teacher"]}, tokens)
@@ -264,8 +266,8 @@ def build_router_step(
 ) -> Step:
     """The router's objective of `stage`, the backbone frozen.
 
-    `frozen`: `backbone` and `channels` (absent for `domain`): the dense model for `overlap` and `released`, the
-    mixture for `expert_loss`, in the runtime's layout.
+    `frozen`: `backbone` and `channels`, in the runtime's layout: the dense model for `overlap` and `released`, the
+    mixture for `expert_loss`; absent for `domain` (a layerwise router needs the dense model for that too).
     """
 
     def objective(logits: jax.Array, batch: Batch, frozen: Params) -> jax.Array:
@@ -285,6 +287,8 @@ def build_router_step(
         return distill.eq4_loss(logits, scores, stage.temperature, stage.kl)
 
     def loss(params: Any, batch: Batch, frozen: Params) -> tuple[jax.Array, Metrics]:
+        if router.kind == "layerwise":
+            return layerwise_loss(params["gates"], batch, frozen, model, runtime, stage)
         logits, _ = Router(router).apply({"params": params}, batch["tokens"])
         switches = distill.switch_rate(logits)
         return objective(logits, batch, frozen) + stage.switch_price * switches, {"switch_rate": switches}
