@@ -12,7 +12,7 @@ Stage = Literal["router", "experts"]
 STAGES: tuple[Stage, ...] = ("router", "experts")
 
 # May change between an interrupted run and its resumption: they alter where things lie or what is looked at.
-FREE = ("output", "mesh", "tuning.checkpoint_every", "tuning.evaluate_every")
+FREE = ("output", "mesh", "cluster", "tuning.checkpoint_every", "tuning.evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,15 @@ def schedule_of(run: config.Run, num_experts: int) -> Schedule:
     return Schedule(run.tuning.rounds, router, run.expert_stage.steps)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def check_same(saved: dict[str, Any], run: config.Run, folder: str) -> None:
     """Raises ConfigError, naming every field that differs, when a run is not the one saved in `folder`.
 
-    `saved` is the saved run's config as plain dicts. The output folder, the mesh and how often to save or evaluate
-    may differ.
+    `saved` is the saved run's config as plain dicts. The output folder, the mesh, the processes and how often to
+    save or evaluate may differ.
     """
     before, now = (
-        {k: list(v) if isinstance(v, tuple) else v for k, v in _flat(tree).items()} for tree in (saved, asdict(run))
+        {k: list(v) if isinstance(v, tuple) else v for k, v in config.flat(tree).items()}
+        for tree in (saved, asdict(run))
     )
     free = tuple(f"{name}." for name in FREE)
     differing = [
