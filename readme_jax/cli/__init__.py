@@ -25,4 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from readme_jax.cli.guard import guarded
 
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    sys.exit(guarded(lambda: app(args=given, standalone_mode=False)))
+    try:
+        code = guarded(lambda: app(args=given, standalone_mode=False))
+    except BaseException:
+        leave_job(1)
+        raise
+    leave_job(code)
+    sys.exit(code)
+
+
+def leave_job(code: int) -> None:
+    """Of a job of several processes that failed, end this one at once (parallel/job.py); else return."""
+    if "readme_jax.parallel.job" in sys.modules:  # only a command that joins one has imported it
+        from readme_jax.parallel.job import leave
+
+        leave(code)

@@ -19,6 +19,8 @@ from readme_jax.cli.sources import tokenizer_of
 from readme_jax.cli.tables import print_summary
 from readme_jax.files import write_text
 from readme_jax.generate import Generator
+from readme_jax.parallel.distributed import lead
+from readme_jax.parallel.job import take_part
 from readme_jax.report.page import write_report
 from readme_jax.runner import EXPORT, execute
 
@@ -37,11 +39,17 @@ def refactor(
 
     `compare` tunes a dense slice of the same width on the same tokens too; `prompt` is answered by the tuned mixture
     and by the dense model. An interrupted run goes on where it was unless `resume` is false. Raises ReadMeErrors on
-    bad input and Interrupted (a SystemExit) once a run that got SIGINT or SIGTERM has saved itself.
+    bad input and Interrupted (a SystemExit) once a run that got SIGINT or SIGTERM has saved itself. Started on every
+    host of a pod or cluster, it is one job of all of them (docs/pods.md).
     """
     loaded = load(gin_files, gin_params)
     if output is not None:
         loaded = loaded._replace(run=replace(loaded.run, output=output))
+    with take_part(loaded.run):
+        return _refactor(loaded, resume, compare, prompt)
+
+
+def _refactor(loaded: LoadedRun, resume: bool, compare: bool, prompt: str | None) -> dict[str, Any]:
     summary = _execute(loaded, resume)
     run = loaded.run
     if compare:
@@ -51,6 +59,8 @@ def refactor(
         summary["geo_mean"][SLICE] = baseline["geo_mean"]["tuned"]
         summary["seconds"] += baseline["seconds"]
         summary["peak_memory_gb"] = baseline["peak_memory_gb"]  # of the process, which it only ever raises
+    if not lead():
+        return summary
     if prompt is not None:
         summary |= answers(run, prompt)
     if compare or prompt is not None:
@@ -65,9 +75,11 @@ def _execute(loaded: LoadedRun, resume: bool) -> dict[str, Any]:
     try:
         summary = execute(loaded.run, resume)
     except SystemExit:  # interrupted, and saved
-        save_settings(loaded, loaded.run.output)
+        if lead():
+            save_settings(loaded, loaded.run.output)
         raise
-    save_settings(loaded, loaded.run.output)
+    if lead():
+        save_settings(loaded, loaded.run.output)
     return summary
 
 
