@@ -22,8 +22,7 @@ from readme_jax.models import attention
 from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Expert
-from readme_jax.serving import attend
-from readme_jax.serving.attend_kernel import attend_and_write
+from readme_jax.serving import attend, kernels
 from readme_jax.serving.sampling import Samplings, choose_tokens
 from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
 
@@ -155,56 +154,93 @@ def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """What the layers of one step share: rotary cos and sin [h/2, B], positions [B], which rows run [B] and how many
-    keys are read."""
+    """What the layers of one step share: positions [B] of its tokens, which rows run [B], rotary cos and sin [h/2, B]
+    and how many keys are read."""
 
-    cos: jax.Array
-    sin: jax.Array
     positions: jax.Array
     runs: jax.Array
+    cos: jax.Array
+    sin: jax.Array
     reach: jax.Array
 
+    @classmethod
+    def at(cls, positions: jax.Array, runs: jax.Array, freqs: jax.Array) -> Step:
+        """With rotary frequencies [h/2]."""
+        angles = freqs[:, None] * positions.astype(jnp.float32)
+        return cls(positions, runs, jnp.cos(angles), jnp.sin(angles), jnp.max(jnp.where(runs, positions, 0)))
 
-class New(NamedTuple):
-    """A token's key and value [B, K, h] of a layer, or the layer's cache with them in it already."""
+
+class Token(NamedTuple):
+    """A token's key and value [B, K, h] of a layer, to be written to its cache."""
 
     key: jax.Array
     value: jax.Array
-    cache: Cache | None = None
 
 
-def _attention(shape: Shape, p: Params, x: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, New]:
-    """x [D, B] plus self-attention, and the tokens' keys and values."""
-    c = shape.config
-    y = _norm(x, p["attn_norm"], c.norm_eps)
-    q, k, v = (rearrange(p[n] @ y, "(n h) b -> n h b", h=c.head_dim) for n in LEFT)
-    q, k = (attend.turn(z, step.cos, step.sin, axis=1) for z in (q, k))
-    q = rearrange(q, "(k g) h b -> b k g h", k=c.num_kv_heads)
-    k, v = (rearrange(z, "k h b -> b k h").astype(cache.keys[0].dtype) for z in (k, v))
-    past, written = _past(shape, q, k, v, cache, step, c.sliding_window)
-    out = attend.merge(past, attend.attend_self(q, k, v, None)).astype(x.dtype)
-    return x + p["o"] @ rearrange(out, "b k g h -> (k g h) b"), New(k, v, written)
+def _attention(shape: Shape, p: Params, y: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Token | Cache]:
+    """Self-attention over y [D, B], [D, B], and the tokens' keys and values, or the cache with them in it already."""
+    left = [p["qkv"] @ y] if "qkv" in p else [p[n] @ y for n in LEFT]
+    out, new = _self_attention(shape.runtime, left, cache, step, shape.config.sliding_window)
+    return p["o"] @ out, new
 
 
-def _past(
-    shape: Shape,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+def _self_attention(
+    runtime: Runtime,
+    left: Sequence[jax.Array],
     cache: Cache,
     step: Step,
     window: int | None = None,
     divisor: float | None = None,
-) -> tuple[attend.Part, Cache | None]:
-    """Attention of q [B, K, G, h] to the cached tokens before it; and the cache, where the same kernel writes it."""
-    if shape.runtime.decode == "kernel":
-        interpret = jax.default_backend() == "cpu"
-        return attend_and_write(q, k, v, cache, step.positions, step.runs, window, divisor, interpret)
+) -> tuple[jax.Array, Token | Cache]:
+    """`left`: queries, keys and values [n h, B], or all in one. Returns [H h, B]."""
+    if runtime.decode == "kernel":
+        qkv = left[0] if len(left) == 1 else jnp.concatenate(left)
+        angles, interpret = (step.cos, step.sin), jax.default_backend() == "cpu"
+        return kernels.attend_and_write(
+            qkv, *angles, cache, step.positions, step.runs, window, divisor, interpret=interpret
+        )
+    return attend_columns(left, cache, step, lambda a: a[: step.positions.shape[0]], window, divisor)
+
+
+def attend_columns(
+    left: Sequence[jax.Array],
+    cache: Cache,
+    step: Step,
+    pick: Callable[[jax.Array], jax.Array],
+    window: int | None = None,
+    divisor: float | None = None,
+) -> tuple[jax.Array, Token]:
+    """Self-attention of one token a row by XLA; `pick` takes the call's rows of an array [R, ...]."""
+    kv_heads, width = cache.keys[0].shape[1:3]
+    q, k, v = (rearrange(x, "(n h) b -> n h b", h=width) for x in left)
+    q, k = (attend.turn(z, step.cos, step.sin, axis=1) for z in (q, k))
+    q = rearrange(q, "(k g) h b -> b k g h", k=kv_heads)
+    k, v = (rearrange(z, "k h b -> b k h").astype(cache.keys[0].dtype) for z in (k, v))
 
     def seen(slots: jax.Array) -> jax.Array:  # the token before this one sees as far as this one's window but itself
         return attention.visible(step.positions[:, None] - 1, slots, window and window - 1)[:, None, None]
 
-    return attend_cached(q, cache, lambda a: a[: q.shape[0]], seen, step.reach, divisor), None
+    past = attend_cached(q, cache, pick, seen, step.reach, divisor)
+    out = attend.merge(past, attend.attend_self(q, k, v, divisor)).astype(left[0].dtype)
+    return rearrange(out, "b k g h -> (k g h) b"), Token(k, v)
+
+
+def _feed_forward(
+    shape: Shape, always: Expert | None, plan: Plan | None, experts: Sequence[Expert], y: jax.Array
+) -> jax.Array:
+    """The permanent part's and the experts' share of y [D, B]."""
+    parts = [] if always is None else [swiglu(y, always)]
+    if plan is not None:
+        parts.append(expert_columns(y, plan, experts, shape.runtime))
+    return functools.reduce(jnp.add, parts)
+
+
+def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x + delta [D, B], and that normalised."""
+    if shape.runtime.decode == "kernel":
+        return kernels.add_norm(x, delta, scale, shape.config.norm_eps, interpret=jax.default_backend() == "cpu")
+    x = x + delta
+    return x, _norm(x, scale, shape.config.norm_eps)
 
 
 def decode_step(
@@ -226,45 +262,38 @@ def decode_step(
     plan, runs = None, active
     if shape.mixture:
         plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active)
-    freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-    angles = freqs[:, None] * positions.astype(jnp.float32)
-    step = Step(jnp.cos(angles), jnp.sin(angles), positions, runs, jnp.max(jnp.where(runs, positions, 0)))
+    step = Step.at(positions, runs, attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
     x = weights.embed[state.token[:rows]].T
+    y = _norm(x, weights.layers[0]["attn_norm"], c.norm_eps)
+    following = [*(p["attn_norm"] for p in weights.layers[1:]), weights.final_norm]
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            x, token = _attention(shape, p, x, state.layers[i], step)
+            delta, token = _attention(shape, p, y, state.layers[i], step)
+            x, y = _add_norm(shape, x, delta, p["ffn_norm"])
         new.append(token)
-        y = _norm(x, p["ffn_norm"], c.norm_eps)
         with jax.named_scope("feed_forward"):
-            always = weights.permanent[i]
-            if always is not None:
-                x = x + swiglu(y, always)
-            if plan is not None:
-                x = x + expert_columns(y, plan, experts[i], shape.runtime)
+            delta = _feed_forward(shape, weights.permanent[i], plan, experts[i], y)
+            x, y = _add_norm(shape, x, delta, following[i])
     with jax.named_scope("sample"):
-        logits = (weights.head @ _norm(x, weights.final_norm, c.norm_eps)).T.astype(jnp.float32)
+        logits = (weights.head @ y).T.astype(jnp.float32)
         chosen = choose_tokens(logits, sampling, positions + 1)
-    at = jnp.arange(rows)
-    following = jnp.where(runs, positions + 1, 0)
-    reach = jnp.max(following)
 
-    def past(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[attend.Part, Cache | None]:
+    def attend_router(left: Sequence[jax.Array], at: Step) -> tuple[jax.Array, Token | Cache]:
         assert shape.router is not None and state.router is not None
-        now = Step(step.cos, step.sin, following, runs, reach)
-        return _past(shape, q, k, v, state.router, now, None, shape.router.logit_divisor)
+        return _self_attention(shape.runtime, left, state.router, at, divisor=shape.router.logit_divisor)
 
-    routed = route_next(shape, weights.router, chosen.tokens, following, past)
-    state = advance(state, at, runs, chosen.tokens, positions + 1, routed, new)
+    routed = route_next(shape, weights.router, chosen.tokens, jnp.where(runs, positions + 1, 0), runs, attend_router)
+    state = advance(state, jnp.arange(rows), runs, chosen.tokens, positions + 1, routed, new)
     return state, Sampled(*chosen, routed.experts, active & ~runs)
 
 
 class Routed(NamedTuple):
-    """Experts and weights [B, Kx] of new tokens, and the router's keys and values [B, Hr, hr] of them."""
+    """Experts and weights [B, Kx] of new tokens, and the router's keys and values [B, Hr, hr] of them, or its cache."""
 
     experts: jax.Array
     weights: jax.Array
-    new: New | None
+    new: Token | Cache | None
 
 
 def _affine(p: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -276,12 +305,13 @@ def route_next(
     p: Params | None,
     tokens: jax.Array,
     positions: jax.Array,
-    past: Callable[[jax.Array, jax.Array, jax.Array], tuple[attend.Part, Cache | None]],
+    runs: jax.Array,
+    attend_router: Callable[[Sequence[jax.Array], Step], tuple[jax.Array, Token | Cache]],
 ) -> Routed:
-    """Route one new token of each row: tokens and positions [B].
+    """Route one new token of each row: tokens and positions [B], where it `runs` [B].
 
-    `past` attends with q [B, Hr, 1, hr] to the router's cached tokens; it is told key and value [B, Hr, hr], and
-    returns the cache too where it has written them. The equations are those of `models.router.route_logits`.
+    `attend_router` is given queries, keys and values [n h, B], and attends to the router's cache. The equations are
+    those of `models.router.route_logits`.
     """
     r, rows = shape.router, tokens.shape[0]
     if r is None:
@@ -289,21 +319,15 @@ def route_next(
         return Routed(jnp.zeros((rows, shape.top_k), jnp.int32), ones, None)
     assert p is not None
     with jax.named_scope("route"):
-        freqs = attention.rotary_frequencies(r.head_dim, r.rope_theta, None)
-        angles = freqs[:, None] * positions.astype(jnp.float32)
+        step = Step.at(positions, runs, attention.rotary_frequencies(r.head_dim, r.rope_theta, None))
         x = p["embed"][tokens].T
         y = _norm(x, p["attn_norm"], r.norm_eps)
-        q, k, v = (rearrange(_affine(p[n], y), "(n h) b -> n h b", h=r.head_dim) for n in LEFT)
-        q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=1) for z in (q, k))
-        q = rearrange(q, "n h b -> b n 1 h")
-        k, v = (rearrange(z, "n h b -> b n h") for z in (k, v))
-        before, written = past(q, k, v)
-        out = attend.merge(before, attend.attend_self(q, k, v, r.logit_divisor))
-        x = x + _affine(p["o"], rearrange(out, "b n 1 h -> (n h) b"))
+        out, new = attend_router([_affine(p[n], y) for n in LEFT], step)
+        x = x + _affine(p["o"], out)
         y = _norm(x, p["mlp_norm"], r.norm_eps)
         x = x + _affine(p["down"], jax.nn.silu(_affine(p["up"], y)))
         logits = _affine(p["head"], _norm(x, p["final_norm"], r.norm_eps)).T
-        return Routed(*choose(logits, shape.top_k), New(k, v, written))
+        return Routed(*choose(logits, shape.top_k), new)
 
 
 def advance(
@@ -313,7 +337,7 @@ def advance(
     tokens: jax.Array,
     positions: jax.Array,
     routed: Routed,
-    new: Sequence[New] = (),
+    new: Sequence[Token | Cache] = (),
 ) -> State:
     """The state with `rows` [B], where it `runs` [B], at the new tokens [B], which have `positions` [B], and their
     routes; `new` are what the tokens before them leave in each layer.
@@ -342,8 +366,9 @@ def advance(
 
 
 def _with(
-    caches: Sequence[Cache], new: Sequence[New], rows: jax.Array, positions: jax.Array, runs: jax.Array
+    caches: Sequence[Cache], new: Sequence[Token | Cache], rows: jax.Array, positions: jax.Array, runs: jax.Array
 ) -> tuple[Cache, ...]:
     """Caches with the new tokens: as a kernel has left them, or written now."""
-    written = tuple(n.cache for n in new if n.cache is not None)
-    return written or write_tokens(caches, [(n.key, n.value) for n in new], rows, positions, runs)
+    written = tuple(n for n in new if isinstance(n, Cache))
+    tokens = [n for n in new if isinstance(n, Token)]
+    return written or write_tokens(caches, tokens, rows, positions, runs)

@@ -16,13 +16,25 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from readme_jax.config import ModelConfig
 from readme_jax.models import attention
 from readme_jax.models.feed_forward import feed_forward, linear
 from readme_jax.models.llama import rms_norm
 from readme_jax.models.router import choose, route_logits
 from readme_jax.models.segments import Expert, RoutePlan, grouped_ffn, plan_routes
 from readme_jax.serving import attend
-from readme_jax.serving.decode import LEFT, Params, Sampled, Shape, Weights, advance, route_next
+from readme_jax.serving.decode import (
+    LEFT,
+    Params,
+    Sampled,
+    Shape,
+    Step,
+    Token,
+    Weights,
+    advance,
+    attend_columns,
+    route_next,
+)
 from readme_jax.serving.sampling import TOP, Samplings, best, choose_tokens
 from readme_jax.serving.state import Cache, State, attend_cached, write_chunk
 
@@ -124,7 +136,8 @@ def _attention(
     c = shape.config
     y = rms_norm(x, p["attn_norm"], c.norm_eps)
     angles = positions.astype(jnp.float32)[:, None, None] * freqs
-    q, k, v = (rearrange(linear(y, p[n]), "t (n h) -> t n h", h=c.head_dim) for n in LEFT)
+    left = jnp.split(linear(y, p["qkv"]), _splits(c), axis=1) if "qkv" in p else [linear(y, p[n]) for n in LEFT]
+    q, k, v = (rearrange(x, "t (n h) -> t n h", h=c.head_dim) for x in left)
     q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=2) for z in (q, k))
     q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=c.num_kv_heads)
     k = rearrange(k, "t k h -> 1 k h t").astype(cache.keys[0].dtype)
@@ -145,6 +158,11 @@ def _attention(
     )
     out = rearrange(attend.merge(past, own).astype(x.dtype), "1 k (t g) h -> t (k g h)", g=group)
     return x + linear(out, p["o"]), k, v
+
+
+def _splits(c: ModelConfig) -> tuple[int, int]:
+    """Where keys and values begin in an array of queries, keys and values."""
+    return c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim
 
 
 def _own(
@@ -174,18 +192,14 @@ def _finish(
     """
     end = (chunk.start + chunk.count)[None]
 
-    def past(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[attend.Part, None]:
+    def attend_router(left: Sequence[jax.Array], step: Step) -> tuple[jax.Array, Token]:
         assert shape.router is not None and state.router is not None
-
-        def seen(slots: jax.Array) -> jax.Array:
-            return (slots < end[:, None])[:, None, None]
-
-        return attend_cached(q, state.router, _row(chunk.row), seen, end[0], shape.router.logit_divisor), None
+        return attend_columns(left, state.router, step, _row(chunk.row), divisor=shape.router.logit_divisor)
 
     def choose_next() -> tuple[Any, Any]:
         hidden = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=0)
         chosen = choose_tokens(linear(hidden, weights.head).astype(jnp.float32), sampling, end)
-        return chosen, route_next(shape, weights.router, chosen.tokens, end, past)
+        return chosen, route_next(shape, weights.router, chosen.tokens, end, jnp.ones(1, bool), attend_router)
 
     def nothing() -> tuple[Any, Any]:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose_next))

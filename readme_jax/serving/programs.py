@@ -9,7 +9,7 @@ as arguments. State and what is sampled stay on the device, so a call may be mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,9 +29,9 @@ from readme_jax.models.segments import Expert
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving import decode as decoding
 from readme_jax.serving import prefill as prefilling
-from readme_jax.serving.attend_kernel import BLOCK
 from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, bucket, decode_shapes, present_buckets
-from readme_jax.serving.decode import Sampled, Shape, Weights
+from readme_jax.serving.decode import LEFT, Sampled, Shape, Weights
+from readme_jax.serving.kernels import BLOCK
 from readme_jax.serving.prefill import Chunk, Scores
 from readme_jax.serving.sampling import Samplings
 from readme_jax.serving.state import State, copy_rows, empty_state, insert_routed
@@ -300,12 +300,16 @@ class Programs:
         def put(w: Any, dtype: Any) -> jax.Array:
             return jax.device_put(jnp.asarray(w, dtype), self._placed)
 
+        def block(layer: Mapping[str, Any]) -> dict[str, jax.Array]:
+            weights = {n: put(layer[n], dtype) for n in BLOCK_WEIGHTS}
+            if self.shape.runtime.decode == "kernel":  # which reads all three from one matmul
+                weights["qkv"] = jnp.concatenate([weights.pop(n) for n in LEFT])
+            return weights
+
         p, dtype = model.params, self.shape.runtime.dtype
         embed = put(p["embed"], dtype)
         head = embed if "lm_head" not in p else put(head_weight(p), dtype)
-        layers = tuple(
-            {n: put(p[f"layers_{i}"][n], dtype) for n in BLOCK_WEIGHTS} for i in range(model.config.num_layers)
-        )
+        layers = tuple(block(p[f"layers_{i}"]) for i in range(model.config.num_layers))
         router = model.router if isinstance(model, Mixture) else None
         router = None if router is None else jax.tree.map(lambda w: put(w, jnp.float32), dict(router))
         return Weights(embed, head, put(p["final_norm"], dtype), layers, tuple(store.permanent), router)

@@ -1,0 +1,184 @@
+"""A decode step's kernels on a GPU (Pallas, lowered through Triton).
+
+A step is many small operations between the matmuls, and each costs a launch: at batch 1 together a third of the time.
+So one kernel turns, attends to the cache and writes it: it reads each row's own tokens and no more, and no loop, branch
+or size of the step depends on how long rows are. Another adds to the residual stream and normalises it.
+
+# R rows of the cache, B rows of a call, H heads, K kv heads, G = H / K, h head width, S tokens a row, D model width,
+# J programs that share a row and head, s tokens a block
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from readme_jax.models.attention import MASKED
+from readme_jax.serving.state import Cache
+
+BLOCK = 64  # tokens; rows of the cache are whole blocks long
+PROGRAMS = 528  # at least so many fill a GPU: 132 multiprocessors, four each
+TENSOR_ROWS = 16  # fewest query rows that tensor cores take
+Array = jax.Array
+
+
+def attend_and_write(
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    cache: Cache,
+    positions: Array,
+    runs: Array,
+    window: int | None = None,
+    divisor: float | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Cache]:
+    """Self-attention of one token a row: [H * h, B], and the cache with its key and value at `positions` of the rows
+    that run.
+
+    qkv [(H + 2 K) h, B] is not turned yet; cos and sin [h/2, B]; positions and runs [B], of rows 0 .. B. The cache is
+    one stretch of whole blocks and is used up. With `window` a token sees itself and the window - 1 before it.
+    `interpret` runs the kernel's equations without a GPU: slow, for tests.
+    """
+    (keys,), (values,) = cache.keys, cache.values
+    _, kv_heads, width, length = keys.shape
+    batch = qkv.shape[1]
+    qkv = rearrange(qkv, "(n h) b -> n h b", h=width)
+    heads = qkv.shape[0] - 2 * kv_heads
+    group = heads // kv_heads
+    rows = group if group == 1 else -(-group // TENSOR_ROWS) * TENSOR_ROWS
+    share = min(length // BLOCK, pl.cdiv(PROGRAMS, batch * kv_heads))
+    tokens = pl.cdiv(length, share * BLOCK) * BLOCK
+    share = pl.cdiv(length, tokens)
+    sums = jax.ShapeDtypeStruct((share, kv_heads, rows, batch), jnp.float32)
+    scale = 1 / (divisor or math.sqrt(width))
+    out, total, largest, keys, values = pl.pallas_call(
+        functools.partial(_attend_kernel, heads=heads, tokens=tokens, window=window, scale=scale),
+        grid=(batch, kv_heads, share),
+        out_shape=(
+            jax.ShapeDtypeStruct((share, kv_heads, rows, width, batch), jnp.float32),
+            sums,
+            sums,
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
+        ),
+        input_output_aliases={5: 3, 6: 4},
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="decode_attention",
+    )(positions, runs.astype(jnp.int32), qkv, cos, sin, keys, values)
+    scales = jnp.exp(largest - largest.max(axis=0))
+    whole = jnp.sum(out * scales[:, :, :, None], axis=0) / jnp.sum(total * scales, axis=0)[:, :, None]
+    return rearrange(whole[:, :group].astype(qkv.dtype), "k g h b -> (k g h) b"), Cache((keys,), (values,))
+
+
+def _attend_kernel(
+    positions_ref: Any,
+    runs_ref: Any,
+    qkv_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    out_ref: Any,
+    total_ref: Any,
+    largest_ref: Any,
+    keys_out: Any,
+    values_out: Any,
+    *,
+    heads: int,
+    tokens: int,
+    window: int | None,
+    scale: float,
+) -> None:
+    """One row, one kv head, tokens [j * tokens, (j + 1) * tokens) of the past; for j = 0 also the token itself.
+
+    Heads are turned, and multiplied with keys, in two halves of h/2.
+    """
+    b, n, j = (pl.program_id(axis) for axis in range(3))
+    kv_heads, rows, width = out_ref.shape[1:4]
+    group, half, dtype = heads // kv_heads, width // 2, keys_ref.dtype
+    position = positions_ref[b]
+    cos, sin = cos_ref[:, b], sin_ref[:, b]
+    one = group == 1
+    queries = n if one else n * group + jnp.minimum(jnp.arange(rows), group - 1)
+
+    def turned(which: Any) -> tuple[Array, Array]:
+        low, high = (qkv_ref[which, pl.ds(start, half), b].astype(jnp.float32) for start in (0, half))
+        return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
+
+    q, k, v = turned(queries), turned(heads + n), qkv_ref[heads + kv_heads + n, :, b].astype(dtype)
+    wide = [x.astype(jnp.float32).reshape(rows, half) for x in q]
+    own = sum(jnp.sum(x * y.astype(jnp.float32)[None], axis=1) for x, y in zip(wide, k, strict=True)) * scale
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    def product(x: Array, y: Array) -> Array:  # [rows, n] times [n, m]
+        if one:
+            return jnp.sum(x.astype(jnp.float32).reshape(-1, 1) * y.astype(jnp.float32), axis=0)[None]
+        return jnp.dot(x, y, preferred_element_type=jnp.float32, precision=exact)
+
+    first = j * tokens if window is None else jnp.maximum(j * tokens, position - window + 1)
+    last = jnp.minimum((j + 1) * tokens, position)
+
+    def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, total, largest = carry
+        here = pl.ds(i * BLOCK, BLOCK)
+        slots = i * BLOCK + jnp.arange(BLOCK)
+        seen = (slots >= first) & (slots < last)
+        parts = [product(x, keys_ref[b, n, pl.ds(at, half), here]) for x, at in zip(q, (0, half), strict=True)]
+        logits = jnp.where(seen[None], (parts[0] + parts[1]) * scale, MASKED)
+        above = jnp.maximum(largest, jnp.max(logits, axis=1))
+        odds = jnp.where(seen[None], jnp.exp(logits - above[:, None]), 0.0)
+        read = jnp.where(seen[:, None], values_ref[b, n, here, :], 0)
+        fade = jnp.exp(largest - above)
+        return out * fade[:, None] + product(odds.astype(dtype), read), total * fade + jnp.sum(odds, axis=1), above
+
+    mine = j == 0
+    carry = (
+        jnp.where(mine, v.astype(jnp.float32)[None], jnp.zeros((rows, width), jnp.float32)),
+        jnp.where(mine, jnp.ones(rows, jnp.float32), 0.0),
+        jnp.where(mine, own, MASKED),
+    )
+    out, total, largest = jax.lax.fori_loop(first // BLOCK, (last + BLOCK - 1) // BLOCK, block, carry)
+    out_ref[j, n, :, :, b] = out
+    total_ref[j, n, :, b] = total
+    largest_ref[j, n, :, b] = largest
+
+    @pl.when(mine & (runs_ref[b] > 0))
+    def _() -> None:
+        for part, start in zip(k, (0, half), strict=True):
+            keys_out[b, n, pl.ds(start, half), position] = part
+        values_out[b, n, position, :] = v
+
+
+def add_norm(x: Array, delta: Array, scale: Array, eps: float, interpret: bool = False) -> tuple[Array, Array]:
+    """x + delta [D, B], and its RMSNorm over D, in float32, times scale [D]."""
+    return pl.pallas_call(
+        functools.partial(_norm_kernel, eps=eps),
+        grid=(x.shape[1],),
+        out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, x.dtype)),
+        compiler_params=triton.CompilerParams(num_warps=8),
+        interpret=interpret,
+        name="add_norm",
+    )(x, delta, scale)
+
+
+def _norm_kernel(x_ref: Any, delta_ref: Any, scale_ref: Any, sum_ref: Any, out_ref: Any, *, eps: float) -> None:
+    """One column."""
+    b, size = pl.program_id(0), x_ref.shape[0]
+    step = size & -size  # the largest power of two that divides D
+    parts = [pl.ds(start, step) for start in range(0, size, step)]
+    columns = [x_ref[part, b] + delta_ref[part, b] for part in parts]
+    wide = [c.astype(jnp.float32) for c in columns]
+    squares = functools.reduce(jnp.add, [jnp.sum(c * c) for c in wide])
+    shrink = jax.lax.rsqrt(squares / size + eps)
+    for part, column, c in zip(parts, columns, wide, strict=True):
+        sum_ref[part, b] = column
+        out_ref[part, b] = (c * shrink * scale_ref[part].astype(jnp.float32)).astype(out_ref.dtype)
