@@ -11,7 +11,7 @@ import numpy as np
 from readme_jax import config
 from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
-from readme_jax.errors import ConfigError
+from readme_jax.errors import CheckpointError, ConfigError
 from readme_jax.models.runtime import runtime_for
 from readme_jax.serving.buckets import Limits, limits_for
 from readme_jax.serving.calls import Caller
@@ -28,6 +28,10 @@ E = TypeVar("E")
 
 def build_engine(cls: type[E], model: Dense | Mixture, settings: config.Serving, **options: Any) -> E:
     """See `Engine.build`. `costs` among the options are what lookahead weighs work by; measured where not given."""
+    if isinstance(model, Mixture) and model.router_config is not None:  # put together by hand: loading checks it, too
+        choices, experts = model.router_config.num_experts, model.mixture.num_experts
+        if choices != experts:
+            raise CheckpointError(f"the router chooses among {choices} experts, but the mixture has {experts}")
     runtime = runtime_for(config.Model(compute_dtype=settings.compute_dtype))
     store = ExpertStore(model, slots_of(model, settings, runtime.dtype), settings.staging, runtime.dtype)
     caller = Caller(Programs(model, store, limits_of(model, settings), runtime), residency_of(store, settings))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from fake_programs import FakeModel, fake_engine
 from typer.testing import CliRunner
 
 from readme_jax import config
+from readme_jax.checkpoints.mixture import save_mixture
 from readme_jax.cli.app import app
 from readme_jax.errors import DataError
-from readme_jax.serving.batch import read_prompts, run_batch
+from readme_jax.serving.batch import done_ids, read_prompts, run_batch
 
 MODEL = FakeModel()
 
@@ -109,3 +115,61 @@ def test_a_file_that_is_no_output_is_not_written_to(engine, tmp_path):
 def test_the_command_says_how_to_use_it():
     said = CliRunner().invoke(app, ["batch", "--help"]).output
     assert "--out" in said and "--checkpoint" in said
+
+
+# --- the command, over a checkpoint -----------------------------------------------------------------------------------
+
+SETTINGS = ("rows=2", "length=64", "chunk=16", "slots=1", "staging=1", "scheduler='decode_first'")
+
+
+@pytest.fixture
+def command(tiny_model, tiny_tokenizer, tmp_path):
+    """Starts `readme-jax batch` on an exported mixture, with a file of 150 prompts, towards a file of answers."""
+    save_mixture(tmp_path / "export", tiny_model("top1", tiny_tokenizer, experts=2))
+    drawn = {"temperature": 0.9, "top_p": 0.9}
+    kinds = [{}, drawn, {"stop": ["e", "in"]}, {"logprobs": 99}]  # the last one cannot be served
+    lines = [
+        {"prompt": f"{i} of many" if i % 3 else [i, 7, 9], "max_tokens": 5 + i % 20, "seed": i, **kinds[i % 4]}
+        for i in range(150)
+    ]
+    write(tmp_path / "in.jsonl", lines)
+    root = Path(__file__).parents[2]
+    start = [sys.executable, "-c", "from readme_jax.cli import start; start()", "batch", str(tmp_path / "in.jsonl")]
+    settings = [f"--gin_param=Serving.{x}" for x in SETTINGS]
+    environment = {
+        "PYTHONPATH": str(root),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+    def run(out: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*start, "--checkpoint", str(tmp_path / "export"), "--out", str(out), *settings],
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
+
+
+def test_a_batch_that_was_killed_ends_with_the_same_answers(command, tmp_path):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    undisturbed = command(whole)
+    _, said = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, said
+    assert "150 answered (37 with an error), 0 were there before" in said
+    killed = command(parts)
+    while not parts.exists() or len(parts.read_bytes().splitlines()) < 30:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    killed.terminate()
+    _, said = killed.communicate(timeout=60)
+    assert killed.returncode and "Traceback" not in said
+    held = len(done_ids(parts))
+    assert 30 <= held < 150
+    last = command(parts)
+    _, said = last.communicate(timeout=300)
+    assert last.returncode == 0 and f"{150 - held} answered" in said
+    assert sorted(parts.read_text().splitlines()) == sorted(whole.read_text().splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from fake_programs import FakeModel, fake_engine
 
 from readme_jax import config
 from readme_jax.cli.settings import load_serving
-from readme_jax.errors import ConfigError
+from readme_jax.errors import CheckpointError, ConfigError
+from readme_jax.serving.engine import Engine
 from readme_jax.serving.request import Request, RequestError, SamplingParams
 
 BAD_PARAMS = [
@@ -80,6 +82,13 @@ def test_bad_request_is_named_and_the_engine_goes_on(field, request_, tiny_token
     while engine.step():
         pass
     assert before.result().tokens == after.result().tokens == tuple(FakeModel().generate([1, 2], 4))
+
+
+def test_a_router_of_another_number_of_experts_is_refused(tiny_model):
+    model = tiny_model("top1")
+    wrong = dataclasses.replace(model, router_config=dataclasses.replace(model.router_config, num_experts=7))
+    with pytest.raises(CheckpointError, match="the router chooses among 7 experts, but the mixture has 3"):
+        Engine.build(wrong, config.Serving(rows=1, length=64))
 
 
 def test_what_exceeds_all_pages_is_refused():
