@@ -18,6 +18,7 @@ from readme_jax import config
 from readme_jax.checkpoints.hf import Dense, load_dense
 from readme_jax.checkpoints.mixture import Mixture, save_mixture
 from readme_jax.checkpoints.store import Store
+from readme_jax.checks import check_run
 from readme_jax.config import MixtureConfig, RouterConfig
 from readme_jax.data.corpus import Corpus, open_corpus
 from readme_jax.errors import CheckpointError
@@ -76,6 +77,7 @@ def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
     Raises ConfigError when a saved run had other settings, DataError and CheckpointError on bad input, Interrupted
     (a SystemExit) once a run that got SIGINT or SIGTERM has saved itself.
     """
+    check_run(run, len(jax.devices()), jax.process_count())
     began, output = time.monotonic(), Path(run.output)
     if not resume:
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)

@@ -70,8 +70,20 @@ def refactor(
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped, or begin anew.")] = True,
     compare: Annotated[bool, typer.Option("--compare", help="Also tune a dense slice on the same tokens.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Answered at the end, beside the dense model.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", "--dry-run", help="Print config, parameters, tokens and FLOPs; run nothing.")
+    ] = False,
+    devices: Annotated[int | None, typer.Option(help="With --dry_run: check the mesh against so many.", min=1)] = None,
 ) -> None:
     """Refactor a dense model: slice it, tune it, measure it, export it, and write a report."""
+    if devices is not None and not dry_run:
+        raise typer.BadParameter("--devices belongs to --dry_run")
+    if dry_run:
+        from readme_jax.cli.dry_run import dry_run as tell
+        from readme_jax.cli.settings import load_run
+
+        tell(load_run(gin_file, gin_param or ()), devices)
+        return
     from readme_jax.cli.refactor import refactor as run
 
     run(gin_file, gin_param or (), output, resume, compare, prompt)

@@ -17,12 +17,12 @@ from rich.progress import track
 
 from readme_jax.config import Data
 from readme_jax.data.cache import default_cache, make_once
-from readme_jax.data.domain_text.domain_text_dataset_builder import Builder, DomainTextConfig
 from readme_jax.data.packing import TextTokenizer, num_sequences, pack, packed_key, validation_windows
 from readme_jax.data.pipeline import Batches, calibration_batches
-from readme_jax.data.source import SPLITS, content_key, find_domains, split_file
+from readme_jax.data.source import SPLITS
 from readme_jax.data.starter import VERSION, build_starter
-from readme_jax.errors import DataError
+from readme_jax.data.text import open_text
+from readme_jax.errors import ConfigError, DataError
 
 Split = Literal["train", "validation"]
 
@@ -49,32 +49,32 @@ def _progress(documents: Iterable[str], total: int, domain: str) -> Iterable[str
 
 
 class Corpus:
-    """The domains of one text folder under one tokenizer. Text and packed tokens are made once in `cache`."""
+    """The domains of one text folder under one tokenizer. Text and packed tokens are made once in `cache`.
+
+    Nothing is tokenised before it is asked for.
+    """
 
     def __init__(self, folder: Path, config: Data, tokenizer: TextTokenizer, cache: Path) -> None:
         self.folder, self.config, self.tokenizer, self.cache = folder, config, tokenizer, cache
-        self.domains: tuple[str, ...] = find_domains(folder, config.domains)
-        self._keys = {d: content_key(*(split_file(folder, d, s) for s in SPLITS)) for d in self.domains}
+        self.source = open_text(config, folder)
+        self.domains: tuple[str, ...] = self.source.domains
+        if config.weights and len(config.weights) != len(self.domains):
+            raise ConfigError(f"Data.weights: {len(config.weights)} weights for the domains {', '.join(self.domains)}")
+        self._keys = {d: self.source.key(d) for d in self.domains}
         self._text: dict[tuple[str, str], Any] = {}
         for domain in self.domains:
             self._prepare(domain)
 
     def _prepare(self, domain: str) -> None:
-        config = DomainTextConfig(name=domain, folder=str(self.folder))
         target = self.cache / "text" / f"{domain}-{self._keys[domain]}"
         with _quiet_tfds():
-            make_once(
-                target,
-                lambda scratch: Builder(
-                    config=config, data_dir=scratch, file_format="array_record"
-                ).download_and_prepare(),
-            )
-            builder = Builder(config=config, data_dir=target, file_format="array_record")
+            make_once(target, lambda scratch: self.source.prepare(domain, scratch))
+            builder = self.source.builder(domain, target)
             for split in SPLITS:
                 self._text[domain, split] = builder.as_data_source(split=split)
 
     def _name(self, domain: str, split: str) -> str:
-        return str(split_file(self.folder, domain, split))
+        return self.source.name(domain, split)
 
     def documents(self, domain: str, split: Split = "validation") -> Iterator[str]:
         """The texts of one split of one domain, in file order."""
@@ -85,7 +85,7 @@ class Corpus:
 
     @cached_property
     def packed(self) -> dict[str, Path]:
-        """For each domain the file of its packed training tokens; the first use tokenises all domains."""
+        """For each domain the folder of its packed training tokens; the first use tokenises all domains."""
         return {domain: self._pack(domain) for domain in self.domains}
 
     def _pack(self, domain: str) -> Path:
@@ -101,7 +101,8 @@ class Corpus:
 
     def batches(self, stream: str, batch: int, seed: int, process_index: int = 0, process_count: int = 1) -> Batches:
         """Training batches {"tokens": int32 [B, T], "domain": int32 [B]}; `domain` indexes `domains`."""
-        return Batches(self.packed, batch, self.config.mixture, seed, stream, process_index, process_count)
+        mixture = self.config.weights or self.config.mixture
+        return Batches(self.packed, batch, mixture, seed, stream, process_index, process_count)
 
     def calibration(self, domain: str, tokens: int, batch: int, seed: int = 0) -> Iterator[np.ndarray]:
         """Training sequences of one domain, int32 [batch, T], each at most once, `tokens` in all."""

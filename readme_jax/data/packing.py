@@ -17,8 +17,8 @@ from readme_jax.data.cache import make_once
 from readme_jax.errors import DataError
 
 BATCH_CHARACTERS = 2**20  # text tokenised at once: enough to keep the tokenizer's threads busy
-RECORDS = "tokens.array_record"
-FORMAT = 2  # part of the cache key: raise it when the packing below changes
+SHARD_BYTES = 1 << 28  # of packed tokens a file, at most
+FORMAT = 3  # part of the cache key: raise it when the packing below changes
 
 
 class TextTokenizer(Protocol):
@@ -74,35 +74,61 @@ def token_stream(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator
 def pack(folder: Path, documents: Iterable[str], tokenizer: TextTokenizer, sequence_length: int, name: str) -> Path:
     """Write the documents' tokens into `folder` as records of T int32 tokens (little-endian), unless it is there.
 
-    The tokens left over at the end, fewer than T, are dropped. `name` names the text in errors. Returns the file of
-    records. Raises DataError when there are fewer tokens than one sequence.
+    Shards hold `SHARD_BYTES`. The tokens left over at the end, fewer than T, are dropped. `name` names the text in
+    errors. Returns the folder. Raises DataError when there are fewer tokens than one sequence.
     """
 
     def write(scratch: Path) -> None:
-        writer = ArrayRecordWriter(str(scratch / RECORDS), "group_size:1")
-        rest, total = np.zeros(0, np.int32), 0
+        shards, rest, total = _Shards(scratch, max(1, SHARD_BYTES // (4 * sequence_length))), np.zeros(0, np.int32), 0
         for tokens in token_stream(documents, tokenizer):
             total += len(tokens)
             rest = np.concatenate([rest, tokens])
             whole = len(rest) // sequence_length * sequence_length
             for sequence in rest[:whole].reshape(-1, sequence_length):
-                writer.write(sequence.astype("<i4").tobytes())
+                shards.write(sequence.astype("<i4").tobytes())
             rest = rest[whole:]
-        writer.close()
+        shards.close()
         if total < sequence_length:
             raise DataError(
                 f"{name} has {total} tokens, fewer than one sequence of {sequence_length}: "
                 "add text or lower Data.sequence_length"
             )
 
-    return make_once(folder, write) / RECORDS
+    return make_once(folder, write)
 
 
-def num_sequences(records: Path) -> int:
-    """How many sequences a file of packed tokens holds."""
-    reader = ArrayRecordReader(str(records))
-    count = reader.num_records()
-    reader.close()
+class _Shards:
+    """Records in files of `size` records each, numbered from 0."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size, self.written = folder, size, 0
+        self.writer: ArrayRecordWriter | None = None
+
+    def write(self, record: bytes) -> None:
+        if self.written % self.size == 0:
+            self.close()
+            path = self.folder / f"tokens-{self.written // self.size:05d}.array_record"
+            self.writer = ArrayRecordWriter(str(path), "group_size:1")
+        assert self.writer is not None
+        self.writer.write(record)
+        self.written += 1
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def shard_files(packed: Path) -> list[str]:
+    """The files of a folder of packed tokens, in order."""
+    return [str(path) for path in sorted(packed.glob("tokens-*.array_record"))]
+
+
+def num_sequences(packed: Path) -> int:
+    """How many sequences a folder of packed tokens holds."""
+    readers = [ArrayRecordReader(path) for path in shard_files(packed)]
+    count = sum(reader.num_records() for reader in readers)
+    for reader in readers:
+        reader.close()
     return count
 
 

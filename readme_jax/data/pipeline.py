@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import grain
 import numpy as np
 
+from readme_jax.data.packing import shard_files
 from readme_jax.errors import ConfigError, DataError
 
 
@@ -21,7 +22,7 @@ def derived_seed(seed: int, *names: str) -> int:
 
 
 def _sequences(records: Path, domain: int) -> grain.MapDataset:
-    source = grain.sources.ArrayRecordDataSource(str(records))
+    source = grain.sources.ArrayRecordDataSource(shard_files(records))
     index = np.int32(domain)
     return grain.MapDataset.source(source).map(
         lambda record: {"tokens": np.frombuffer(record, "<i4").astype(np.int32), "domain": index}
@@ -31,22 +32,22 @@ def _sequences(records: Path, domain: int) -> grain.MapDataset:
 class Batches:
     """`batches[i]` -> {"tokens": int32 [B, T], "domain": int32 [B]} for every i >= 0; the position is i alone.
 
-    Each domain is shuffled anew every epoch and repeats for ever. Domains interleave by weight: equal ('even'), or
-    their numbers of sequences ('natural'). The order depends on (seed, stream, index) and nothing else. Of several
-    processes each gets its contiguous rows [B / process_count, T] of the same global batch.
+    Each domain is shuffled anew every epoch and repeats for ever. Domains interleave by weight: equal ('even'), their
+    numbers of sequences ('natural'), or weights of one's own, one a domain. The order depends on (seed, stream, index)
+    and nothing else. Of several processes each gets its own contiguous rows [B / process_count, T] of the same batch.
     """
 
     def __init__(
         self,
         packed: Mapping[str, Path],
         batch: int,
-        mixture: Literal["natural", "even"] = "even",
+        mixture: Literal["natural", "even"] | Sequence[float] = "even",
         seed: int = 0,
         stream: str = "train",
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """`packed` maps each domain, in the order its index counts, to its file of packed tokens.
+        """`packed` maps each domain, in the order its index counts, to its folder of packed tokens.
 
         Raises ConfigError when the batch does not divide over the processes.
         """
@@ -55,7 +56,10 @@ class Batches:
         domains, weights = [], []
         for index, (name, records) in enumerate(packed.items()):
             sequences = _sequences(records, index)
-            weights.append(float(len(sequences)) if mixture == "natural" else 1.0)
+            if isinstance(mixture, str):
+                weights.append(float(len(sequences)) if mixture == "natural" else 1.0)
+            else:
+                weights.append(mixture[index])
             domains.append(sequences.shuffle(seed=derived_seed(seed, stream, name)).repeat())
         local = grain.MapDataset.mix(domains, weights).batch(batch // process_count, drop_remainder=True)
         self._local = local[process_index::process_count]

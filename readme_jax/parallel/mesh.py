@@ -42,17 +42,23 @@ BATCH_AXES = RULES["batch"]
 SMALL = 1 << 16
 
 
+def axis_sizes(mesh: config.Mesh, devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, of so many in all. Raises ConfigError when sizes and devices do not match."""
+    sizes = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        shape = ", ".join(f"{a} {s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError(f"mesh ({shape}) does not match {devices} devices: change the Mesh axes")
+    return dict(zip(MESH_AXES, sizes, strict=True))
+
+
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of a config over `devices` (default: all). Raises ConfigError when sizes and devices do not match."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
-    known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        shape = ", ".join(f"{a} {s}" for a, s in zip(MESH_AXES, sizes, strict=True))
-        raise ConfigError(f"mesh ({shape}) does not match {len(devices)} devices: change the Mesh axes")
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    shape = tuple(axis_sizes(mesh, len(devices)).values())
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def partition_spec(*names: str | None) -> PartitionSpec:

@@ -18,7 +18,8 @@ from byte_text import BOS, EOS, TEXTS, VALIDATION, ByteTokenizer
 from readme_jax.config import Data
 from readme_jax.data.cache import make_once
 from readme_jax.data.corpus import Corpus, open_corpus
-from readme_jax.data.packing import pack, validation_windows
+from readme_jax.data.packing import num_sequences, pack, shard_files, validation_windows
+from readme_jax.data.pipeline import Batches
 from readme_jax.errors import DataError
 
 HERE = Path(__file__).parent
@@ -27,7 +28,8 @@ SHARED = HERE.parents[2] / "shared" / "data" / "corpus"
 
 
 def read_packed(path: Path) -> np.ndarray:
-    return np.stack([np.frombuffer(record, "<i4") for record in ArrayRecordReader(str(path)).read_all()])
+    records = (record for shard in shard_files(path) for record in ArrayRecordReader(shard).read_all())
+    return np.stack([np.frombuffer(record, "<i4") for record in records])
 
 
 def opened(folder: Path, tokenizer: ByteTokenizer | None = None, **settings: object) -> Corpus:
@@ -182,9 +184,22 @@ def test_killed_preparation_is_redone_whole(folder: Path) -> None:
 
 
 def test_packing_does_not_depend_on_how_text_is_chunked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pack(tmp_path / "a", TEXTS["maths"], ByteTokenizer(), 16, "x").read_bytes()
+    (whole,) = shard_files(pack(tmp_path / "a", TEXTS["maths"], ByteTokenizer(), 16, "x"))
     monkeypatch.setattr("readme_jax.data.packing.BATCH_CHARACTERS", 1)
-    assert pack(tmp_path / "b", TEXTS["maths"], ByteTokenizer(), 16, "x").read_bytes() == whole
+    (alike,) = shard_files(pack(tmp_path / "b", TEXTS["maths"], ByteTokenizer(), 16, "x"))
+    assert Path(alike).read_bytes() == Path(whole).read_bytes()
+
+
+def test_shards_hold_the_same_sequences_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pack(tmp_path / "a", TEXTS["maths"], ByteTokenizer(), 16, "x")
+    monkeypatch.setattr("readme_jax.data.packing.SHARD_BYTES", 4 * 16 * 7)  # seven sequences
+    parts = pack(tmp_path / "b", TEXTS["maths"], ByteTokenizer(), 16, "x")
+    count = num_sequences(whole)
+    assert num_sequences(parts) == count and len(shard_files(parts)) == -(-count // 7) > 2
+    np.testing.assert_array_equal(read_packed(parts), read_packed(whole))
+    for index in (0, 5, 10**6):
+        one, many = (Batches({"x": folder}, 4, "even", 3)[index]["tokens"] for folder in (whole, parts))
+        np.testing.assert_array_equal(one, many)
 
 
 def test_no_tensorflow_is_imported(folder: Path) -> None:

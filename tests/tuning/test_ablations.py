@@ -51,11 +51,10 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 def random_tree(table: Any) -> Any:
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.normal(w.start == "ones", 0.2, w.shape).astype(np.float32) if isinstance(w, Weight) else random_tree(w)
-        for name, w in table.items()
-    }
+    if isinstance(table, Weight):
+        rng = np.random.default_rng(len(table.shape))
+        return rng.normal(table.start == "ones", 0.2, table.shape).astype(np.float32)
+    return {name: random_tree(entry) for name, entry in table.items()}
 
 
 @pytest.fixture(scope="module")
