@@ -8,7 +8,8 @@ gathers its rows into expert order, runs each expert's segment of rows as dense 
 Back ends, by name:
   blocks   (CPU) a segment is a run of static row blocks over the expert's own arrays. A block may spill past the end
            of its segment: the rows it spoils belong to experts that run after it and are written again.
-  ragged   (TPU) `jax.lax.ragged_dot` over stacked weights.
+  gmm      (TPU) megablox kernels over stacked weights (models/grouped_tpu.py).
+  ragged   `jax.lax.ragged_dot` over stacked weights; its default lowering computes every expert.
   masked   every expert over every row, the others' rows weighted with zero. The plain definition; slow.
 """
 
@@ -24,7 +25,7 @@ from einops import rearrange
 
 from readme_jax.errors import ConfigError
 
-Backend = Literal["blocks", "ragged", "masked"]
+Backend = Literal["blocks", "gmm", "ragged", "masked"]
 Array = jax.Array
 
 # Rows of a static block: one branch each for the odd block of a segment, repeats of the last for the rest. On CPU a
@@ -75,21 +76,25 @@ def plan_routes(experts: Array, num_experts: int, weights: Array | None = None) 
     return RoutePlan(slots, inverse, sizes, weights)
 
 
-def grouped_ffn(x: Array, plan: RoutePlan, experts: Sequence[Any], backend: Backend = "blocks") -> Array:
+def grouped_ffn(
+    x: Array, plan: RoutePlan, experts: Sequence[Any], backend: Backend = "blocks", some: bool = False
+) -> Array:
     """y_n = sum_k w_nk * down(silu(gate x_n) * up x_n) of the expert each of token n's K choices names.
 
-    x [N, D]; experts: E triples (gate [d, D], up [d, D], down [D, d]). Returns [N, D]. Differentiable in x, weights
-    and experts. Inside `jax.shard_map` x and plan are the device's own rows. All of one dtype. Raises ConfigError
-    where experts and plan do not fit or the back end is unknown.
+    x [N, D]; experts: E triples (gate [d, D], up [d, D], down [D, d]), or one `Expert` of them stacked. Returns [N, D].
+    Differentiable in x, weights and experts. Inside `jax.shard_map` x and plan are the device's own rows. All of one
+    dtype. With `some`, sizes need not cover all rows: the rest belong to experts elsewhere and add nothing here.
+    Raises ConfigError where experts and plan do not fit or the back end is unknown.
     """
-    experts = [Expert(*e) for e in experts]
+    stacked = experts if isinstance(experts, Expert) else None
+    experts = unstack(stacked) if stacked else [Expert(*e) for e in experts]
     if len(experts) != plan.sizes.shape[0]:
         raise ConfigError(f"{len(experts)} experts for a plan of {plan.sizes.shape[0]}: they must be as many")
-    if backend not in ("blocks", "ragged", "masked"):
-        raise ConfigError(f"back end {backend!r}: expected blocks, ragged or masked")
+    if backend not in ("blocks", "gmm", "ragged", "masked"):
+        raise ConfigError(f"back end {backend!r}: expected blocks, gmm, ragged or masked")
     if x.shape[0] == 0:
         return x
-    if len(experts) == 1:
+    if len(experts) == 1 and not some:
         y = _ffn(x, experts[0])
         return y if plan.weights is None else y * plan.weights.sum(1, keepdims=True).astype(y.dtype)
     if backend == "masked":
@@ -100,11 +105,24 @@ def grouped_ffn(x: Array, plan: RoutePlan, experts: Sequence[Any], backend: Back
         slots = jnp.pad(slots, (0, top), mode="edge")  # the last segment's blocks spill too
         rows = _blocks(_dispatch(x, slots, plan.inverse), plan.sizes, experts, top)
     else:
-        rows = _ragged(_dispatch(x, slots, plan.inverse), plan.sizes, experts)
+        rows = _covered(_dispatch(x, slots, plan.inverse), plan, some)
+        stacked = stacked or Expert(*(jnp.stack(w) for w in zip(*experts, strict=True)))
+        rows = (_gmm if backend == "gmm" else _ragged)(rows, plan.sizes, stacked)
+    rows = _covered(rows, plan, some)
     pairs = rearrange(_collect(rows, slots, plan.inverse), "(n k) d -> n k d", k=plan.inverse.shape[1])
     if plan.weights is not None:
         pairs = pairs * plan.weights[..., None].astype(pairs.dtype)
     return pairs.sum(1)
+
+
+def _covered(rows: Array, plan: RoutePlan, some: bool) -> Array:
+    """Rows [S, D] with zeros past those that the plan's sizes cover, where that is not all."""
+    return jnp.where((jnp.arange(rows.shape[0]) < plan.sizes.sum())[:, None], rows, 0) if some else rows
+
+
+def unstack(experts: Expert) -> list[Expert]:
+    """Experts stacked along a leading axis as a list."""
+    return [Expert(*(w[e] for w in experts)) for e in range(experts.gate.shape[0])]
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -157,10 +175,16 @@ def _masked(x: Array, plan: RoutePlan, experts: list[Expert]) -> Array:
     return out
 
 
-def _ragged(rows: Array, sizes: Array, experts: list[Expert]) -> Array:
-    gate, up, down = (jnp.stack(parts).swapaxes(1, 2) for parts in zip(*experts, strict=True))
+def _ragged(rows: Array, sizes: Array, experts: Expert) -> Array:
+    gate, up, down = (w.swapaxes(1, 2) for w in experts)
     h = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
     return jax.lax.ragged_dot(h, down, sizes)
+
+
+def _gmm(rows: Array, sizes: Array, experts: Expert) -> Array:
+    from readme_jax.models.grouped_tpu import grouped_swiglu  # its kernels are needed on a TPU alone
+
+    return grouped_swiglu(rows, sizes, *experts)
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------

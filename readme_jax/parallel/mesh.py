@@ -14,10 +14,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from readme_jax import config
 from readme_jax.errors import ConfigError
+from readme_jax.parallel.placing import WHOLE, Share, put_rows
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -57,8 +59,11 @@ def axis_sizes(mesh: config.Mesh, devices: int) -> dict[str, int]:
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of a config over `devices` (default: all). Raises ConfigError when sizes and devices do not match."""
     devices = list(jax.devices() if devices is None else devices)
-    shape = tuple(axis_sizes(mesh, len(devices)).values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    shape, kinds = tuple(axis_sizes(mesh, len(devices)).values()), (AxisType.Auto,) * len(MESH_AXES)
+    if devices[0].platform == "tpu":  # a mesh axis may take a part of a torus axis, which make_mesh refuses
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def partition_spec(*names: str | None) -> PartitionSpec:
@@ -146,10 +151,13 @@ def batch_ways(mesh: Any) -> int:
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Any) -> dict[str, jax.Array]:
-    """A host batch on the mesh, rows over data, fsdp and expert. Raises ConfigError when the rows do not divide."""
+def put_batch(batch: dict[str, np.ndarray], mesh: Any, share: Share = WHOLE) -> dict[str, jax.Array]:
+    """A host batch on the mesh, rows over data, fsdp and expert. Raises ConfigError when the rows do not divide.
+
+    Of several processes each brings its `share` of the rows (`placing.share_of`).
+    """
     ways = batch_ways(mesh)
-    rows = len(next(iter(batch.values())))
+    rows = len(next(iter(batch.values()))) * share.parts
     if rows % ways:
         raise ConfigError(f"a batch of {rows} sequences does not divide over {' x '.join(BATCH_AXES)} = {ways} devices")
-    return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}
+    return {k: put_rows(v, batch_sharding(mesh), share) for k, v in batch.items()}

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from readme_jax import config
 from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
@@ -25,18 +26,19 @@ from readme_jax.errors import ReadMeError
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.runtime import Runtime
+from readme_jax.parallel.job import Preempted
 from readme_jax.parallel.mesh import put_batch, replicated
+from readme_jax.parallel.placing import WHOLE, Share, put
 from readme_jax.progress import meter
 from readme_jax.tuning.distill import merged_dense
-from readme_jax.tuning.journal import Journal
+from readme_jax.tuning.journal import NoJournal
 from readme_jax.tuning.routes import routes_of
 from readme_jax.tuning.schedule import Position, Schedule, Stage, schedule_of
+from readme_jax.tuning.stages import build_step
 from readme_jax.tuning.step import (
     Step,
     TrainState,
     backbone_table,
-    build_expert_step,
-    build_router_step,
     place,
     round_peak,
     shard_table,
@@ -55,7 +57,7 @@ class NonFinite(ReadMeError):
     """A loss or gradient that is not a number: the run stops, its last checkpoint intact."""
 
 
-class Interrupted(SystemExit):
+class Interrupted(Preempted):
     """SIGINT or SIGTERM arrived and the run saved itself. Uncaught, the process exits with code 128 + signal."""
 
     def __init__(self, number: int, done: int) -> None:
@@ -101,9 +103,18 @@ class Signals:
         self.release()
 
     def catch(self) -> None:
-        """Take over both signals; only the main thread may."""
-        if threading.current_thread() is threading.main_thread():
+        """Take over both signals; only the main thread may. Of several processes jax takes SIGTERM over: `asked`."""
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def asked(self, done: int) -> int | None:
+        """The signal that asks the run to end after `done` steps: of several processes in all of them or in none.
+
+        There a SIGTERM to any one of them counts, and jax agrees on the step with all.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+            self.number = signal.SIGTERM
+        return self.number
 
     def release(self) -> None:
         """Give both signals back."""
@@ -148,9 +159,10 @@ class Tuner:
     parts: Parts
     batches: Mapping[Stage, BatchSource]
     mesh: Any
-    journal: Journal
+    journal: NoJournal
     save: Callable[[Progress], None]
     evaluate: Callable[[Position, Params, Params], dict[str, Any]] | None = None
+    share: Mapping[Stage, Share] = field(default_factory=dict)  # of each batch, what this process's source holds
 
     def __post_init__(self) -> None:
         self.schedule = schedule_of(self.run, self.parts.mixture.num_experts)
@@ -173,10 +185,7 @@ class Tuner:
             self.signals.release()
 
     def _build(self, stage: Stage) -> Step:
-        p, run = self.parts, self.run
-        if stage == "experts":
-            return build_expert_step(p.model, p.mixture, p.runtime, run.expert_stage, run.tuning, self.mesh)
-        return build_router_step(p.model, p.mixture, p.router, p.runtime, run.router_stage, run.tuning, self.mesh)
+        return build_step(self.run, self.parts, stage, self.mesh)
 
     def _frozen(self, stage: Stage, progress: Progress) -> dict[str, Any]:
         """What the stage reads and does not train, on the mesh."""
@@ -204,7 +213,7 @@ class Tuner:
         mine = progress.router if position.stage == "router" else progress.backbone
         if progress.moments is None:
             return step.start(mine)
-        at = jax.device_put(np.int32(position.step), step.shardings.step)
+        at = put(np.int32(position.step), step.shardings.step)
         return TrainState(mine, progress.moments, at)
 
     def _stage(self, step: Step, position: Position, progress: Progress) -> None:
@@ -219,7 +228,7 @@ class Tuner:
         following: Position | None = position
         while following is not None and (following.stage, following.round) == (stage, round_):
             position, began = following, time.monotonic()
-            batch = put_batch(self.batches[stage][position.data], self.mesh)
+            batch = put_batch(self.batches[stage][position.data], self.mesh, self.share.get(stage, WHOLE))
             update = self._compiled(stage, step, state, batch, frozen, peak)
             state, metrics = update(state, batch, frozen, peak)
             values = self._checked(metrics, position, progress.done)
@@ -255,10 +264,11 @@ class Tuner:
         if self.evaluate is not None and (ended or due):
             self.journal.evaluation(done, position, self.evaluate(position, progress.backbone, progress.router))
             trim()
-        if done == self.schedule.total or done % tuning.checkpoint_every == 0 or self.signals.number is not None:
+        asked = self.signals.asked(done)
+        if done == self.schedule.total or done % tuning.checkpoint_every == 0 or asked is not None:
             self.save(progress)
-        if self.signals.number is not None:
-            raise Interrupted(self.signals.number, done)
+        if asked is not None:
+            raise Interrupted(asked, done)
 
     def _checked(self, metrics: Mapping[str, jax.Array], position: Position, done: int) -> dict[str, float]:
         values = {name: float(value) for name, value in metrics.items()}

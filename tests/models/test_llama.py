@@ -131,7 +131,7 @@ def test_bfloat16_compute_leaves_parameters_and_gradients_in_float32(tiny, rando
 
 def test_runtime_of_each_platform():
     assert runtime_for(Model(), "cpu") == Runtime()
-    assert runtime_for(Model(compute_dtype="bfloat16"), "tpu").segments == "ragged"
+    assert runtime_for(Model(compute_dtype="bfloat16"), "tpu").segments == "gmm"
     low = runtime_for(Model(compute_dtype="bfloat16", layout="scanned", remat=True), "gpu")
     assert (low.attention, low.layout, low.remat, low.dtype) == ("cudnn", "scanned", True, jnp.bfloat16)
     assert runtime_for(Model(), "gpu").attention == "blocks"

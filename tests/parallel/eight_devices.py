@@ -2,7 +2,8 @@
 
 Prints one JSON object: {case: {mesh: {loss, gradients (largest relative difference from one device), large (how many
 parameters and moments are), replicated (those of them that are whole on every device), moved (arrays laid out otherwise
-than the step declares)}}, start_router: largest difference of a router started on 8 devices}.
+than the step declares)}}, start_router: largest difference of a router started on 8 devices, generated: {mesh: whether
+greedy tokens are those of one device}}.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import config
+from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.config import ExpertStage, MixtureConfig, ModelConfig, RouterConfig, RouterStage, Tuning
+from readme_jax.generate import Generator
 from readme_jax.models.layout import to_layout
 from readme_jax.models.router import start_router
 from readme_jax.models.runtime import Runtime
@@ -26,15 +29,17 @@ from readme_jax.tuning.routes import DomainRoutes
 from readme_jax.tuning.step import Step, backbone_table, build_expert_step, build_router_step, place, shard_table
 
 BETA1 = 0.9
-MODEL = ModelConfig(1024, 64, 1, 4, 4, 16, 2048)
-ROUTER = RouterConfig(1024, 2, dim=64, num_heads=4, head_dim=16, mlp_dim=1024)
+EXPERTS, OWN, PERMANENT = 7, 1280, 640
+MODEL = ModelConfig(1280, 56, 1, 4, 4, 16, 2560)  # a width that 7 and 8 divide, weights above mesh.SMALL
+ROUTER = RouterConfig(1280, EXPERTS, dim=56, num_heads=4, head_dim=16, mlp_dim=1280)
 MESHES = {
     "fsdp 8": config.Mesh(),
     "data 2 x fsdp 4": config.Mesh(data=2, fsdp=4),
     "data 8": config.Mesh(data=8, fsdp=1),
     "fsdp 4 x tensor 2": config.Mesh(fsdp=4, tensor=2),
+    "expert 7": config.Mesh(fsdp=1, expert=7),
+    "data 2 x expert 2 x tensor 2": config.Mesh(data=2, fsdp=1, expert=2, tensor=2),  # 4 and 3 experts
 }
-REQUIRED = ("fsdp 8", "data 2 x fsdp 4")
 Case = tuple[Callable[[Any], Step], dict[str, Any], Callable[[Any], dict[str, Any]], int]
 
 
@@ -48,27 +53,28 @@ def values(table: Table, rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def channels(rng: np.random.Generator) -> dict[str, Any]:
-    """Slices of every layer, the last rows padding."""
+def channels(rng: np.random.Generator, model: ModelConfig, mixture: MixtureConfig) -> dict[str, Any]:
+    """Slices of every layer, the last row of each expert padding."""
     layers = {}
-    for i in range(MODEL.num_layers):
-        order = rng.permutation(MODEL.ffn_dim).astype(np.int32)
-        picks = [np.sort(rng.choice(order[512:], 1024, replace=False)) for _ in range(2)]
-        experts = np.stack(picks).astype(np.int32)
-        experts[:, 1000:] = MODEL.ffn_dim
-        layers[f"layers_{i}"] = {"permanent": np.sort(order[:512]), "experts": experts}
+    for i in range(model.num_layers):
+        order = rng.permutation(model.ffn_dim).astype(np.int32)
+        own = [np.sort(rng.choice(order[mixture.permanent :], mixture.expert, replace=False)) for _ in range(EXPERTS)]
+        experts = np.stack(own).astype(np.int32)
+        experts[:, -1] = model.ffn_dim
+        layers[f"layers_{i}"] = {"permanent": np.sort(order[: mixture.permanent]), "experts": experts}
     return layers
 
 
 def cases() -> dict[str, tuple[Case, tuple[str, ...]]]:
     """Name -> case (builder of the step on a mesh, starting parameters, what it only reads, sequences), meshes."""
-    rng, tuning, rows = np.random.default_rng(0), Tuning(beta1=BETA1), channels(np.random.default_rng(1))
+    rng, tuning = np.random.default_rng(0), Tuning(beta1=BETA1)
+    rows = channels(np.random.default_rng(1), MODEL, MixtureConfig(EXPERTS, OWN, PERMANENT))
     dense_table = backbone_table(MODEL, None, "unrolled")
     dense, router = values(dense_table, rng), values(router_table(ROUTER), rng)
-    routes = DomainRoutes(2)
+    routes = DomainRoutes(EXPERTS)
 
     def expert(tied: bool, layout: config.Layout, accumulate: int = 1) -> Case:
-        mixture = MixtureConfig(num_experts=2, expert=1024, permanent=512, tied=tied)
+        mixture = MixtureConfig(EXPERTS, OWN, PERMANENT, tied)
         start = dense if tied else values(backbone_table(MODEL, mixture, "unrolled"), rng)
         stage = ExpertStage(batch=8 * accumulate, accumulate=accumulate)
         return (
@@ -79,7 +85,7 @@ def cases() -> dict[str, tuple[Case, tuple[str, ...]]]:
         )
 
     def route(objective: config.Objective) -> Case:
-        mixture, stage = MixtureConfig(num_experts=2, expert=1024, permanent=512), RouterStage(objective, batch=8)
+        mixture, stage = MixtureConfig(EXPERTS, OWN, PERMANENT), RouterStage(objective, batch=8)
         return (
             lambda mesh: build_router_step(MODEL, mixture, ROUTER, Runtime(), stage, tuning, mesh),
             router,
@@ -96,20 +102,28 @@ def cases() -> dict[str, tuple[Case, tuple[str, ...]]]:
 
     return {
         "experts": (expert(tied=False, layout="unrolled"), tuple(MESHES)),
-        "experts, scanned, accumulated": (expert(tied=False, layout="scanned", accumulate=2), REQUIRED[1:]),
-        "tied experts": (expert(tied=True, layout="unrolled"), REQUIRED),
-        "router, Eq. 4": (route("overlap"), REQUIRED),
+        "experts, scanned, accumulated": (
+            expert(tied=False, layout="scanned", accumulate=2),
+            ("data 2 x fsdp 4", "data 2 x expert 2 x tensor 2"),
+        ),
+        "tied experts": (expert(tied=True, layout="unrolled"), tuple(MESHES)),
+        "router, Eq. 4": (route("overlap"), tuple(MESHES)),
         "router, domain labels": (route("domain"), ("data 2 x fsdp 4", "fsdp 4 x tensor 2")),
     }
 
 
-def one_step(case: Case, mesh: jax.sharding.Mesh) -> tuple[float, Any, Any, Step]:
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    return make_mesh(MESHES[name], jax.devices()[:7] if name == "expert 7" else None)
+
+
+def one_step(case: Case, mesh: jax.sharding.Mesh, sevens: bool) -> tuple[float, Any, Any, Step]:
     """Loss, gradients (from the first moments of a first step: m = (1 - beta1) g), new state and the step."""
     build, start, frozen, rows = case
     rng = np.random.default_rng(2)
+    rows = 7 if sevens else rows
     batch = {
         "tokens": rng.integers(0, MODEL.vocab_size, (rows, 4)).astype(np.int32),
-        "domain": rng.integers(0, 2, rows).astype(np.int32),
+        "domain": rng.permutation(np.arange(rows) % EXPERTS).astype(np.int32),
     }
     with jax.set_mesh(mesh):
         step = build(mesh)
@@ -125,10 +139,11 @@ def difference(got: Any, want: Any) -> float:
 
 
 def compare(case: Case, meshes: tuple[str, ...]) -> dict[str, Any]:
-    loss, gradients, _, _ = one_step(case, make_mesh(config.Mesh(), jax.devices()[:1]))
-    report = {}
+    one, report = make_mesh(config.Mesh(), jax.devices()[:1]), {}
+    wanted_by = {sevens: one_step(case, one, sevens)[:2] for sevens in {name == "expert 7" for name in meshes}}
     for name in meshes:
-        got, got_gradients, state, step = one_step(case, make_mesh(MESHES[name]))
+        loss, gradients = wanted_by[name == "expert 7"]
+        got, got_gradients, state, step = one_step(case, mesh_of(name), name == "expert 7")
         named = jax.tree_util.tree_leaves_with_path((state.params, state.moments))
         wanted = jax.tree.leaves((step.shardings.params, step.shardings.moments))
         report[name] = {
@@ -157,10 +172,28 @@ def routers_differ() -> float:
     return float(max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), *started))))
 
 
+def generated() -> dict[str, bool]:
+    """Whether a tiny mixture's greedy tokens on each mesh are those of one device."""
+    rng = np.random.default_rng(3)
+    shape, mixture = ModelConfig(64, 24, 2, 4, 2, 8, 40), MixtureConfig(EXPERTS, 12, 8)
+    router = RouterConfig(64, EXPERTS, dim=16, num_heads=2, head_dim=8, mlp_dim=16)
+    tables = backbone_table(shape, mixture, "unrolled"), router_table(router)
+    params, routes = (jax.tree.map(lambda w: 3 * w, values(t, rng)) for t in tables)
+    model = Mixture(shape, mixture, params, channels(rng, shape, mixture), router, routes, None, {})
+    prompts = [rng.integers(0, 64, n % 5 + 3).tolist() for n in range(56)]
+
+    def tokens(mesh: jax.sharding.Mesh) -> list[list[int]]:
+        return Generator(model, mesh=mesh).generate(prompts, 8).tokens
+
+    want = tokens(make_mesh(config.Mesh(), jax.devices()[:1]))
+    assert len({tuple(t) for t in want}) > 20
+    return {name: tokens(mesh_of(name)) == want for name in MESHES}
+
+
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # compile faster
     report: dict[str, Any] = {name: compare(case, meshes) for name, (case, meshes) in cases().items()}
-    print(json.dumps(report | {"start_router": routers_differ()}))
+    print(json.dumps(report | {"start_router": routers_differ(), "generated": generated()}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+EVERYWHERE = ("experts", "tied experts", "router, Eq. 4")
 ROOT = Path(__file__).parents[2]
+MESHES = {
+    "fsdp 8",
+    "data 2 x fsdp 4",
+    "data 8",
+    "fsdp 4 x tensor 2",
+    "expert 7",
+    "data 2 x expert 2 x tensor 2",
+}
 CASES = {"experts", "experts, scanned, accumulated", "tied experts", "router, Eq. 4", "router, domain labels"}
 
 
@@ -29,9 +38,11 @@ def test_loss_and_gradients_equal_one_device_and_no_large_array_is_replicated():
     """One test, as its process takes a minute: parallel workers would each start one."""
     report = run_on_eight_devices()
     assert report.pop("start_router") < 1e-6
+    generated = report.pop("generated")
+    assert set(generated) == MESHES and all(generated.values()), generated
     assert set(report) == CASES
     for case, results in report.items():
-        assert "data 2 x fsdp 4" in results
+        assert "data 2 x fsdp 4" in results and (case not in EVERYWHERE or set(results) == MESHES)
         for mesh, result in results.items():
             assert result["loss"] < 1e-5, (case, mesh)
             assert result["gradients"] < 1e-5, (case, mesh)
