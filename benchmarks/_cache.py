@@ -91,9 +91,8 @@ def _banked(case: Case, future: str, times: Outcome | None) -> tuple[Bank, Outco
     model = model_of(case)
     bank = Bank(model.shape.num_experts)
     scheduler = make_scheduler(case.scheduler, case.budget)
-    given = None if times is None else [(s, t.total) for s, t in zip(times.starts, times.steps, strict=True)]
     setup = Setup(future=future, swaps=False)  # type: ignore[arg-type]
-    return bank, simulate(requests_of(case), scheduler, bank, model, setup, given)
+    return bank, simulate(requests_of(case), scheduler, bank, model, setup, None if times is None else times.log)
 
 
 def offline(masks: list[int], experts: int) -> list[tuple[str, int, ExpertCache]]:

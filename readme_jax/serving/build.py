@@ -73,7 +73,7 @@ def residency_of(store: ExpertStore, settings: config.Serving) -> Residency:
     cache = ExpertCache(store.num_experts, store.slots, store.staging, settings.policy)
     residency = Residency(store, cache, settings.prefetch)
     residency.bring(cache.resident)
-    if settings.staging and settings.prefetch:
+    if settings.prefetch:
         residency.load_seconds = load_seconds(residency)
     return residency
 
@@ -89,6 +89,7 @@ def load_seconds(residency: Residency) -> float:
     jax.block_until_ready(store.present((other,)))
     took = time.perf_counter() - began
     residency.bring(residency.resident)
+    residency.forget_streamed()
     return took
 
 

@@ -77,6 +77,9 @@ class Stats:
     bytes_loaded: int
     hits: int  # experts of batches that were resident
     misses: int
+    swaps: int  # residents replaced in the background
+    foreseen: int  # loads decided on at least one load time before the step that needs them could begin
+    late: int  # those of them that had not arrived then
     overhead: float  # share of the steps' time outside jitted calls
     compilations: int
 
@@ -212,7 +215,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """Figures of now; cheap."""
-        loop, store, cache = self._loop, self._caller.residency.store, self._caller.residency.cache
+        loop, residency = self._loop, self._caller.residency
+        store, cache = residency.store, residency.cache
         alive = list(loop.sequences.values())
         running = sum(s.running for s in alive)
         c = loop.counters
@@ -238,6 +242,9 @@ class Engine:
             bytes_loaded=store.bytes_loaded,
             hits=cache.hits if cache else 0,
             misses=cache.misses if cache else 0,
+            swaps=c.swaps,
+            foreseen=residency.foreseen,
+            late=residency.late,
             overhead=1 - c.calling / c.stepping if c.stepping else 0.0,
             compilations=self._caller.programs.compilations,
         )
@@ -275,14 +282,13 @@ class Engine:
             arrived, cancelled = list(self._inbox), list(self._cancelled)
             self._inbox.clear()
             self._cancelled.clear()
-        self._stepping, began = True, self._clock()
+            self._stepping, began = True, self._clock()  # whoever is taken in has arrived before it
         gone = set(cancelled)
         for live in arrived:
             self._take_in(live, live.id in gone)
         for id in cancelled:
-            if id in self._loop.sequences:
-                self._loop.end(self._loop.sequences[id], "cancelled")
-        worked = self._loop.step()
+            self._loop.cancel(id)
+        worked = self._loop.step(began)
         self._step_end = self._clock()
         self._last_step = self._step_end - began
         self._stepping = self._loop.busy

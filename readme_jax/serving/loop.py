@@ -6,34 +6,82 @@ Single-threaded and without clocks of its own but the one it is given; `engine.p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from readme_jax.serving.calls import DENSE, Call, Caller
+from readme_jax.serving.flight import DENSE, Call
 from readme_jax.serving.live import Emitted, Live
 from readme_jax.serving.pages import Pages
-from readme_jax.serving.request import FinishReason
-from readme_jax.serving.rollout import roll_out
-from readme_jax.serving.rows import Rows
+from readme_jax.serving.request import FinishReason, TokenLogprob
+from readme_jax.serving.residency import Residency
+from readme_jax.serving.rollout import Future, queue_future, roll_out
+from readme_jax.serving.rows import Placement, Rows
 from readme_jax.serving.scheduler import Scheduler
-from readme_jax.serving.work import Batch, Chunk, Room, Sequence
+from readme_jax.serving.work import Batch, Chunk, Room, Route, Sequence
 
 ROLLED = 8  # steps that the scheduler is played ahead for the eviction policy
 
 
 class Logged(NamedTuple):
-    """A step's decision: when it was made, its chunks as (sequence, start, count), and how long the step took.
+    """A step's decision: when it was made, its chunks as (sequence, start, count), and when the step ended.
 
-    `preempted` sequences lost their row to it. What a simulation needs to make the same decisions again.
+    `preempted` sequences lost their row to it. `cancelled` were given up by their users before it; `arrived`: a
+    background swap was found to be complete. With these a simulation makes the same decisions again.
     """
 
     now: float
     chunks: tuple[tuple[int, int, int], ...]
     preempted: tuple[int, ...]
-    seconds: float
+    ended: float
+    cancelled: tuple[int, ...] = ()
+    arrived: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """How long the step took."""
+        return self.ended - self.now
+
+
+class Calls(Protocol):
+    """What the loop asks of whoever makes its calls: the engine's `Caller`, or a simulation's."""
+
+    residency: Residency
+    seconds: float  # spent in calls
+
+    @property
+    def resident(self) -> frozenset[int]:
+        """Experts on the device, as the scheduler sees them."""
+
+    def route(self, live: Live, keep: bool) -> None:
+        """Route all known tokens of a sequence."""
+
+    def forget(self, live: Live) -> None:
+        """Free what `route` kept."""
+
+    def place(self, live: Live, placement: Placement, shared: int) -> None:
+        """Put a sequence into a row."""
+
+    def move(self, live: Live, source: int, target: int) -> None:
+        """Move a running sequence to another row."""
+
+    def run(self, batch: Batch, ahead: bool) -> list[Call[Live]]:
+        """Dispatch a batch."""
+
+    def read(self, call: Call[Live]) -> Result | None:
+        """Wait for a call's results."""
+
+    def echoed(self, live: Live, call: Call[Live]) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt's tokens of a scored call."""
+
+
+class Result(Protocol):
+    """What a call has sampled."""
+
+    def row(self, index: int, alternatives: int | None) -> tuple[int, Route, TokenLogprob | None]:
+        """Token, route and, where wanted, log-probability of a row."""
 
 
 @dataclass
@@ -45,6 +93,7 @@ class Counters:
     sampled: int = 0  # new tokens that were read
     missing: int = 0  # rows run again because their expert was not given
     preemptions: int = 0
+    swaps: int = 0  # residents replaced in the background
     shared: int = 0  # tokens of prompts that another request's pages held
     calling: float = 0.0  # seconds spent in jitted calls and waiting for them
     stepping: float = 0.0  # of all steps
@@ -54,18 +103,22 @@ class Counters:
 class Loop:
     """All requests that are alive, the rows and pages they hold, and the step in flight."""
 
-    caller: Caller
+    caller: Calls
     scheduler: Scheduler
     rows: Rows
     pages: Pages
     clock: Callable[[], float]
     ahead: bool = True
     log: Callable[[Logged], None] | None = None
+    future: Future = "rollout"
+    horizon: int = ROLLED
     sequences: dict[int, Live] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     last_seconds: float = 0.0  # of the last step, by `clock`
-    _flight: list[Call] = field(default_factory=list)
+    _flight: list[Call[Live]] = field(default_factory=list)
     _preempted: list[int] = field(default_factory=list)
+    _cancelled: list[int] = field(default_factory=list)
+    _arrived: bool = False
 
     @property
     def busy(self) -> bool:
@@ -89,6 +142,12 @@ class Loop:
         self.caller.forget(live)
         live.end(reason, error)
 
+    def cancel(self, id: int) -> None:
+        """A user gives a request up; nothing where it has ended."""
+        self._cancelled.append(id)
+        if id in self.sequences:
+            self.end(self.sequences[id], "cancelled")
+
     def abandon(self) -> list[Live]:
         """Forget all requests, which are returned, and what is in flight, after an error in a step."""
         lost = list(self.sequences.values())
@@ -99,31 +158,33 @@ class Loop:
         self.rows = Rows(self.rows.count, self.rows.buckets)
         return lost
 
-    def step(self) -> bool:
-        """Dispatch the next step and read the one before it; False when there was neither."""
-        began, started = self.clock(), time.perf_counter()
-        self._preempted = []
+    def step(self, began: float | None = None) -> bool:
+        """Dispatch the next step and read the one before it; False when there was neither. `began`: now, by `clock`."""
+        began, started = self.clock() if began is None else began, time.perf_counter()
+        self._preempted, self._arrived = [], False
         calls_before = self.caller.seconds
         batch = self._pick(began)
         flight = self.caller.run(batch, self.ahead) if batch.chunks else []
         before, self._flight = self._flight, flight if self.ahead else []
         self._read(before)
+        self.caller.residency.due(self.clock())
         if not self.ahead:
             self._read(flight)
         self._compact()
         if not batch.chunks and not before:
             return False
-        seconds = self.clock() - began
+        ended = self.clock()
         for chunk in batch.chunks:
-            chunk.sequence.last_run = began + seconds
+            chunk.sequence.last_run = ended
         self.counters.steps += 1
-        self.last_seconds = seconds
+        self.last_seconds = ended - began
         self.counters.tokens += batch.tokens
         self.counters.stepping += time.perf_counter() - started
         self.counters.calling += self.caller.seconds - calls_before
-        if self.log is not None and batch.chunks:
+        if self.log is not None:
             chunks = tuple((c.sequence.id, c.start, c.count) for c in batch.chunks)
-            self.log(Logged(began, chunks, tuple(self._preempted), seconds))
+            self.log(Logged(began, chunks, tuple(self._preempted), ended, tuple(self._cancelled), self._arrived))
+        self._cancelled = []
         return True
 
     # --- choosing what runs, and making room for it ------------------------------------------------------------------
@@ -140,7 +201,7 @@ class Loop:
             running = [s for s in self.sequences.values() if s.running]
             chunks = self._with_room(self.scheduler.pick(running, self.caller.resident, now, Room(0)))
         batch = Batch(tuple(chunks.values()))
-        self.caller.residency.decide(batch.experts, self._future(batch, now, self._room()))
+        self.caller.residency.decide(batch.experts, self._future(batch, now, self._room()), now)
         for chunk in batch.chunks:
             chunk.sequence.computed += chunk.count
         return batch
@@ -148,7 +209,7 @@ class Loop:
     def _swap(self, now: float) -> None:
         """Let residents change in the background, by how long sequences wait for each expert and how many use it."""
         residency = self.caller.residency
-        if not residency.swaps:
+        if not residency.swaps or not self.sequences:
             return
         waiting, active = np.zeros(residency.store.num_experts), np.zeros(residency.store.num_experts)
         for sequence in self.sequences.values():
@@ -156,7 +217,8 @@ class Loop:
                 experts = list(sequence.routes[sequence.computed])
                 waiting[experts] += max(now - sequence.last_run, 0.0)
                 active[experts] += 1
-        residency.swap(waiting.tolist(), active.tolist())
+        self._arrived, began = residency.swap(waiting.tolist(), active.tolist())
+        self.counters.swaps += began
 
     def _with_room(self, picked: Batch) -> dict[int, Chunk]:
         """The chunks of a batch, by sequence, that get the pages and rows they need."""
@@ -173,10 +235,14 @@ class Loop:
     def _room(self) -> Room:
         return Room(self.rows.free, self.pages.free, self.pages.size)
 
-    def _future(self, batch: Batch, now: float, room: Room) -> Iterator[int]:
+    def _future(self, batch: Batch, now: float, room: Room) -> Iterable[int]:
         """Experts of later batches, as bit masks: worked out only if the policy asks."""
         alive, resident = self.sequences.values(), self.caller.resident
-        return roll_out(self.scheduler, alive, batch, resident, now, room, ROLLED, self.last_seconds)
+        if self.future == "none":
+            return ()
+        if self.future == "queue":
+            return queue_future(alive, batch)
+        return roll_out(self.scheduler, alive, batch, resident, now, room, self.horizon, self.last_seconds)
 
     def _reserve(self, chunk: Chunk, chunks: dict[int, Chunk]) -> None:
         """Pages for a chunk of a running sequence; while there are too few the newest running one is preempted."""
@@ -249,7 +315,7 @@ class Loop:
 
     # --- reading what a step has sampled -----------------------------------------------------------------------------
 
-    def _read(self, calls: list[Call]) -> None:
+    def _read(self, calls: list[Call[Live]]) -> None:
         """Take in the tokens of a step's calls. A row whose sequence ended or was preempted since then is dropped."""
         for call in calls:
             result = self.caller.read(call)
@@ -264,7 +330,7 @@ class Loop:
                 if index in call.missed:
                     self.counters.missing += 1
                     continue
-                assert result is not None and not result.missing[index]
+                assert result is not None
                 self._take(live, Emitted(*result.row(index, live.params.logprobs)))
 
     def _take(self, live: Live, new: Emitted) -> None:
@@ -273,7 +339,7 @@ class Loop:
             self.end(live, "length")
             return
         route = new.experts or DENSE
-        live.settle(new.token, route)
+        live.take(new.token, route)
         self.counters.sampled += 1
         if any(call.lacks(live, new.experts) for call in self._flight):
             live.missed()
@@ -291,7 +357,7 @@ class Loop:
         self._vacate(live)
         self.caller.forget(live)
 
-    def _echo(self, live: Live, call: Call) -> None:
+    def _echo(self, live: Live, call: Call[Live]) -> None:
         live.echoed.extend(self.caller.echoed(live, call))
         if len(live.echoed) >= live.prompt:
             live.tell_prompt()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import copy
+from typing import Literal
 
 from readme_jax.serving.scheduler import Scheduler
 from readme_jax.serving.work import Batch, Room, Sequence
+
+Future = Literal["none", "queue", "rollout"]  # what the eviction policy is told of later batches
 
 
 def queue_future(sequences: Iterable[Sequence], batch: Batch) -> list[int]:

@@ -120,6 +120,10 @@ class ExpertStore:
         held = [self._on_device[i].get(expert) or self._staged[i].get(expert) for i in range(self.num_layers)]
         return all(w is not None and all(a.is_ready() for a in w) for w in held)  # type: ignore[attr-defined]
 
+    def wait(self, experts: Sequence[int] = (), arrays: Any = None) -> None:
+        """Wait until experts have arrived, and for arrays."""
+        jax.block_until_ready((arrays, [self._get(i, e) for e in experts for i in range(self.num_layers)]))
+
     def padded(self, experts: Sequence[int]) -> tuple[int, ...]:
         """The experts, repeated from the first on, up to a number that calls are compiled for; () for a dense model.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from readme_jax.errors import DataError
-from readme_jax.serving.work import Route, Sequence
+from readme_jax.serving.work import Route
 
 
 class Arrival(NamedTuple):
@@ -29,17 +29,19 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """A request to simulate; `routes` holds the experts of all its tokens, the output's too."""
+    """A request to simulate; `routes` holds the experts of all its tokens, the output's too.
+
+    `limit`: most tokens of output as the server knows it (0: exactly `output`). `tokens`: all of them, where prompts
+    may share pages.
+    """
 
     id: int
     arrival: float  # seconds
     prompt: int  # tokens
     output: int  # tokens
     routes: tuple[Route, ...]  # prompt + output of them
-
-    def sequence(self) -> Sequence:
-        """The request as it is known on arrival: its prompt is routed, its output is not."""
-        return Sequence(self.id, self.arrival, self.prompt, self.routes[: self.prompt])
+    limit: int = 0
+    tokens: tuple[int, ...] = ()
 
 
 def load_trace(path: str | Path) -> list[Arrival]:

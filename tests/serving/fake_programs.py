@@ -110,6 +110,9 @@ class FakeStore:
     def arrived(self, expert: int) -> bool:
         return all(expert in self.on_device(layer) for layer in range(LAYERS))
 
+    def wait(self, experts: Any = (), arrays: Any = None) -> None:
+        assert all(self.arrived(e) for e in experts)
+
     def padded(self, experts: Any) -> tuple[int, ...]:
         size = next(n for n in (0, 1, 2, 4, self.num_experts) if n >= len(experts))
         return (*experts, *[experts[0]] * (size - len(experts)))
@@ -255,7 +258,8 @@ def fake_engine(
     limits = Limits(settings.rows, settings.length, chunks=(settings.chunk,))
     cache = None if store.resident else ExpertCache(model.experts, store.slots, store.staging, settings.policy)
     programs: Any = FakePrograms(model, store, limits)
-    residency = Residency(store, cache, settings.prefetch, load_seconds)  # type: ignore[arg-type]
+    residency: Residency = Residency(store, cache, settings.prefetch, load_seconds)
+    residency.bring(residency.resident)
     scheduler = make_scheduler(settings.scheduler, settings.budget, COSTS, model.experts)
     options.setdefault("clock", Ticks())
     return Engine(Caller(programs, residency), scheduler, settings, model.vocab, tokenizer, **options)

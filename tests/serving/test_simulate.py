@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from readme_jax.errors import ConfigError
 from readme_jax.serving.cost import CostModel, Device, LayerCost, Shape
 from readme_jax.serving.expert_cache import ExpertCache
+from readme_jax.serving.loop import Logged
 from readme_jax.serving.rollout import queue_future, roll_out
 from readme_jax.serving.scheduler import DecodeFirst, make_scheduler
 from readme_jax.serving.simulate import Setup, replay_decisions, simulate
@@ -117,14 +118,13 @@ def test_decisions_follow_from_step_times(policy, future, swaps) -> None:
     setup = Setup(rows=8, future=future, swaps=swaps)
     cache, scheduler = ExpertCache(4, 2, 1), make_scheduler(policy, 32, MODEL.costs(), 4)
     first = simulate(requests(20), scheduler, cache, MODEL, setup)
-    times = [(start, step.total) for start, step in zip(first.starts, first.steps, strict=True)]
-    made = replay_decisions(requests(20), times, scheduler, ExpertCache(4, 2, 1), MODEL, setup)
+    made = replay_decisions(requests(20), first.log, scheduler, ExpertCache(4, 2, 1), MODEL, setup)
     assert made == first.chunks
 
 
 def test_other_step_times_make_other_decisions() -> None:
     first, _ = serve(swaps=False)
-    late = [(100.0 + i, 1.0) for i in range(len(first.steps))]
+    late = [Logged(100.0 + i, (), (), 101.0 + i) for i in range(len(first.steps))]
     cache = ExpertCache(4, 2, 1)
     made = replay_decisions(requests(30), late, make_scheduler("decode_first", 32), cache, MODEL, Setup(rows=8))
     assert made != first.chunks

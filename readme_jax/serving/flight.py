@@ -1,0 +1,202 @@
+"""What is dispatched and not yet read, and how a batch becomes calls: alike in engine and simulation. Pure Python.
+
+A step may be dispatched before the last one is read. Its sequences then count as one token longer, with a route that
+repeats the last one's; reading puts that right. Where the guess was wrong and the call lacks the expert, the call has
+reported the row as missing without computing anything, and the token runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from readme_jax.serving.residency import Residency
+from readme_jax.serving.work import Batch, Chunk, Route, experts_in
+from readme_jax.serving.work import Sequence as Work
+
+DENSE: Route = (0,)  # what policies see of a token of a model without experts
+
+
+class Flying(Work):
+    """A sequence that steps in flight extend; its `routes` and `computed` include them.
+
+    Attributes, beside those of `Sequence`:
+        limit: most new tokens.
+        settled: tokens that are known: the prompt and what was sampled and read.
+        primed: whether its last token, position and experts are on the device, so that it can decode.
+        ahead: steps in flight that will sample a token for it.
+        epoch: goes up when it is preempted: what is in flight from before does not count.
+    """
+
+    __slots__ = ("ahead", "epoch", "limit", "primed", "settled")
+
+    def __init__(self, id: int, arrival: float, prompt: int, routes: Iterable[Route], limit: int) -> None:
+        super().__init__(id, arrival, prompt, routes)
+        self.limit, self.settled = limit, prompt
+        self.primed = False
+        self.ahead, self.epoch = 0, 0
+
+    @property
+    def generated(self) -> int:
+        """New tokens that are known."""
+        return self.settled - self.prompt
+
+    @property
+    def written(self) -> int:
+        """Tokens whose keys are known to be written, without steps in flight that may yet report the row missing."""
+        return min(self.computed, self.settled)
+
+    def dispatched(self, guess: bool) -> None:
+        """A step that samples its next token is under way. With `guess` the token after that may be scheduled."""
+        self.primed = True
+        self.ahead += 1
+        if guess and self.generated + self.ahead < self.limit:
+            self.routes.append(self.routes[-1])
+
+    def settle(self, route: Route) -> None:
+        """The oldest step in flight was read: it sampled a token whose experts are `route`."""
+        self.ahead -= 1
+        at = self.settled
+        guessed = max(len(self.routes) - at, 1)
+        del self.routes[at:]
+        self.routes.extend([route] * guessed)
+        self.settled += 1
+        self._forget(at)
+
+    def missed(self) -> None:
+        """The step in flight after the one just read does not compute this row: its token is to run again."""
+        self.ahead -= 1
+        self.computed -= 1
+        del self.routes[self.settled :]
+        self._forget(self.settled)
+
+    def preempted(self) -> None:
+        """Row and pages are gone: everything known is prefilled again, what is in flight is sampled again."""
+        self.running, self.primed = False, False
+        self.computed, self.ahead = 0, 0
+        self.epoch += 1
+        del self.routes[self.settled :]
+        self._forget(0)
+
+    def _forget(self, known: int) -> None:
+        """Routes from index `known` on have changed or gone: so must what `Sequence` keeps of them."""
+        self._seen = min(self._seen, known)
+        self._first.clear()
+
+
+S = TypeVar("S", bound=Flying)
+
+
+@dataclass
+class Call(Generic[S]):
+    """A call in flight. `rows`: (index in `sampled`, sequence, its epoch) of each that it runs.
+
+    `sampled` is None for a prefill that does not reach its sequence's end. `experts` it was given. `missed`: indices
+    known not to have run. `echo`: scores of a prompt's tokens from `start` on, `count` of them.
+    """
+
+    rows: list[tuple[int, S, int]]
+    sampled: Any
+    experts: frozenset[int]
+    missed: set[int] = field(default_factory=set)
+    echo: Any = None
+    start: int = 0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._of = {live.id: (index, epoch) for index, live, epoch in self.rows} if self.sampled is not None else {}
+
+    def lacks(self, live: Flying, route: Route) -> bool:
+        """Whether this call, dispatched on a guess, cannot run a sequence's token with `route`; remembered if so."""
+        index, epoch = self._of.get(live.id, (-1, -1))
+        if epoch != live.epoch or self.experts.issuperset(route):
+            return False
+        self.missed.add(index)
+        return True
+
+
+class Piece(NamedTuple):
+    """Tokens of a chunk that run in one call, with all their experts."""
+
+    live: Any
+    start: int
+    stop: int
+    experts: frozenset[int]
+
+
+class Planned(NamedTuple):
+    """A call to make now: one decode step of `decodes`, or a `piece` of a prompt; with the experts it is `given`."""
+
+    decodes: list[Chunk]
+    piece: Piece | None
+    given: tuple[int, ...]
+
+
+def plan_calls(
+    batch: Batch, residency: Residency, longest: int, running: Callable[[], Any] = lambda: None
+) -> Iterator[Planned]:
+    """The calls of a batch, one after another: the decode rows in groups whose experts fit on the device at once, then
+    prompts in pieces of at most `longest` tokens.
+
+    Each call's experts are on the device, or on their way, when it is yielded, and until the next one is asked for.
+    `running`: the arrays of the step in flight, which loads wait for where nothing is loaded ahead.
+    """
+    decodes = [c for c in batch.chunks if _decodes(c)]
+    pieces = [p for c in batch.chunks if not _decodes(c) for p in _cut(c, residency, longest)]
+    needs = [experts_in(c.mask) for c in decodes]
+    needed = frozenset().union(*needs, *(p.experts for p in pieces))
+    whole = len(needed) <= residency.capacity
+    if whole:
+        residency.bring(needed, frozenset(), running)
+    groups = [list(range(len(decodes)))] if whole else residency.groups(needs)
+    for number, group in enumerate(groups):
+        if group:
+            later = frozenset().union(*(needs[i] for g in groups[number + 1 :] for i in g))
+            later = later.union(*(p.experts for p in pieces))
+            experts = frozenset().union(*(needs[i] for i in group))
+            residency.bring(experts, later, running)
+            yield Planned([decodes[i] for i in group], None, _given(residency, experts, residency.here))
+    for number, piece in enumerate(pieces):
+        later = frozenset().union(*(p.experts for p in pieces[number + 1 :]))
+        residency.bring(piece.experts, later, running)
+        yield Planned([], piece, _given(residency, piece.experts))
+
+
+def _decodes(chunk: Chunk) -> bool:
+    assert isinstance(chunk.sequence, Flying)
+    return chunk.count == 1 and chunk.sequence.primed
+
+
+def _cut(chunk: Chunk, residency: Residency, longest: int) -> list[Piece]:
+    """A prefill chunk in pieces: each within the longest compiled call, its experts within the device's room."""
+    sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+    pieces = []
+    while start < end:
+        stop = min(end, start + longest)
+        experts = experts_in(sequence.mask(start, stop - start))
+        if len(experts) > residency.capacity:
+            stop, experts = _within(sequence, start, stop, residency.capacity)
+        pieces.append(Piece(sequence, start, stop, experts))
+        start = stop
+    return pieces
+
+
+def _within(sequence: Work, start: int, stop: int, most: int) -> tuple[int, frozenset[int]]:
+    """How far tokens from `start` get with at most so many experts."""
+    experts = frozenset[int]()
+    for at in range(start, stop):
+        more = experts.union(sequence.routes[at])
+        if len(more) > most:
+            return at, experts
+        experts = more
+    return stop, experts
+
+
+def _given(residency: Residency, experts: frozenset[int], spare: frozenset[int] = frozenset()) -> tuple[int, ...]:
+    """The experts of a call, in order; places that padding would fill go to `spare` ones on the device."""
+    if not residency.store.num_experts:
+        return ()
+    order: Sequence[int] = sorted(experts)
+    places = len(residency.store.padded(order)) - len(order)
+    return (*order, *sorted(spare - experts)[:places])
