@@ -15,7 +15,7 @@ from readme_jax.cli.settings import load_serving
 from readme_jax.cli.sources import EXPORT, expert_names, open_model, tokenizer_of
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.http.app import Service, create_app
-from readme_jax.serving.http.server import bind, server, url_of
+from readme_jax.serving.http.server import answer_first, bind, server, url_of
 
 
 def serve(
@@ -32,7 +32,8 @@ def serve(
         engine = Engine.build(model, settings)
         experts = expert_names(model) if isinstance(model, Mixture) else []
         known_as = name or name_of(checkpoint)
-        running = server(create_app(Service(engine, tokenizer, known_as, experts), WarmUp()))
+        service = Service(engine, tokenizer, known_as, experts)
+        running = server(create_app(service, WarmUp(), answer_first))
         # uvicorn puts its own handler here while it runs and hands its signal on at the end: a clean exit, not a death.
         signal.signal(signal.SIGTERM, lambda *_: setattr(running, "should_exit", True))
         print(f"{known_as}: {url_of(listening)}/v1", flush=True)

@@ -183,15 +183,20 @@ class Service:
         }
 
 
-def create_app(service: Service, progress: Callable[[int, int], None] | None = None) -> Starlette:
+def create_app(
+    service: Service,
+    progress: Callable[[int, int], None] | None = None,
+    started: Callable[[], None] = lambda: None,
+) -> Starlette:
     """The ASGI application. Its start-up starts the engine, which warms up meanwhile and reports `progress` (programs
-    compiled, of how many); its shutdown drains and stops it.
+    compiled, of how many), and calls `started`; its shutdown drains and stops the engine.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.inbox = Inbox()
         service.engine.start(progress)
+        started()
         try:
             yield
         finally:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import sys
+import threading
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -12,6 +17,8 @@ from readme_jax.errors import ConfigError
 BACKLOG = 2048  # connections that wait to be accepted
 KEEP_ALIVE = 75  # seconds: longer than clients keep theirs, so that none is closed under a request
 GRACE = 300  # seconds that requests under way have to end after SIGTERM
+NICE = 5  # how far the threads that compute step back on CPU behind the one that answers
+SWITCH = 5e-4  # seconds that another thread keeps the interpreter while the one that answers waits for it
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -44,3 +51,17 @@ def server(app: Starlette) -> uvicorn.Server:
         timeout_graceful_shutdown=GRACE,
     )
     return uvicorn.Server(settings)
+
+
+def answer_first() -> None:
+    """Let the calling thread, which answers, come before the threads that compute: those that live now.
+
+    They keep all cores busy, and a refusal would wait for its turn among them. Does nothing where threads have no
+    priorities of their own (outside Linux).
+    """
+    sys.setswitchinterval(SWITCH)
+    tasks = Path("/proc/self/task")
+    for task in tasks.iterdir() if tasks.exists() else ():
+        if int(task.name) != threading.get_native_id():
+            with contextlib.suppress(OSError):  # it has just ended
+                os.setpriority(os.PRIO_PROCESS, int(task.name), NICE)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -147,3 +149,23 @@ def test_addresses_that_cannot_be_had():
     for host, number in (("no.such.host.invalid", 0), ("127.0.0.1", 70000), ("192.0.2.1", 0)):
         with pytest.raises(ConfigError):
             bind(host, number)
+
+
+COMPUTING = """
+import os, sys, threading
+from readme_jax.serving.http.server import answer_first
+done = threading.Event()
+thread = threading.Thread(target=done.wait)
+thread.start()
+answer_first()
+print(*(os.getpriority(os.PRIO_PROCESS, i) for i in (threading.get_native_id(), thread.native_id)))
+done.set()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def test_the_thread_that_answers_comes_before_those_that_compute():
+    """In a process of its own: what was lowered cannot be raised again."""
+    said = subprocess.run([sys.executable, "-c", COMPUTING], capture_output=True, text=True, check=True).stdout
+    own, other = map(int, said.split())
+    assert own < other or own == 19  # the lowest there is
