@@ -1,4 +1,5 @@
-"""Serving simulated at 7B: `python benchmarks/replay.py --part cache|batching|prefetch`.
+"""Serving replayed: `python benchmarks/replay.py --part cache|batching|prefetch|devices`, simulated at 7B, and
+`--part engine`, a real engine on this machine.
 
 Azure traces give arrivals and lengths, tuned routers on real text the routes (`results/routes.npz`, which routes.py
 writes), `readme_jax.serving.cost` the seconds. Every scheduler gets the same rows, ring of staging slots and Belady
@@ -8,6 +9,7 @@ cache with roll-out. Writes results/PART.json and PART.png.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -15,6 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import _batching
 import _cache
+import _devices
+import _engine
 import _prefetch
 from _replay import ROUTERS, SHARED, TRACES, Case
 from _report import RESULTS, write_results
@@ -63,10 +67,27 @@ def prefetch(base: Case, name: str, about: dict[str, Any]) -> None:
     write_results(name, **about, rows=rows)
 
 
+def devices(base: Case, name: str, about: dict[str, Any], capacity: int, processes: int) -> None:
+    """devices.json: both models on every accelerator, conversations, label router."""
+    rows = _devices.device_rows(replace(base, slots=capacity), processes)
+    show(f"{capacity} experts resident, 70% load", rows)
+    write_results(
+        name, **{k: v for k, v in about.items() if k not in ("shape", "device")}, capacity=capacity, rows=rows
+    )
+
+
+def engine(name: str, args: argparse.Namespace) -> None:
+    """replay_engine.json: a real engine, and the simulation of its log."""
+    rows, fig6, about = _engine.engine_rows(args.checkpoint, args.engine_requests, args.seed)
+    show("Real engine", rows)
+    show("Loads ahead or on demand", fig6)
+    write_results(name, **about, seed=args.seed, rows=rows, prefetch=fig6)
+
+
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("cache", "batching", "prefetch"), required=True)
+    parser.add_argument("--part", choices=("cache", "batching", "prefetch", "devices", "engine"), required=True)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="llama2_7b")
     parser.add_argument("--device", choices=tuple(DEVICES), default="a100")
     parser.add_argument("--requests", type=int, default=400)
@@ -74,6 +95,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the result, when not the part's: another shape or device")
+    parser.add_argument("--checkpoint", default="runs/demo/export", help="a mixture (engine); absent: a random one")
+    parser.add_argument("--engine_requests", type=int, default=24)
     args = parser.parse_args()
     if not (SHARED / "traces").is_dir():
         parser.exit(1, f"no traces at {SHARED / 'traces'}: set READ_ME_DATA to the folder that holds them\n")
@@ -84,6 +107,10 @@ def main() -> None:
         cache(base, name, about)
     elif args.part == "batching":
         batching(base, name, about, args.capacity, args.processes)
+    elif args.part == "devices":
+        devices(base, name, about, args.capacity, args.processes)
+    elif args.part == "engine":
+        engine(args.name or "replay_engine", args)
     else:
         prefetch(base, name, about)
 

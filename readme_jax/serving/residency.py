@@ -206,9 +206,7 @@ class Residency(Generic[S]):
             left = after
         return groups
 
-    def bring(
-        self, experts: Experts, later: Experts = frozenset(), running: Callable[[], Any] = lambda: None
-    ) -> None:
+    def bring(self, experts: Experts, later: Experts = frozenset(), running: Callable[[], Any] = lambda: None) -> None:
         """Have all of `experts` on the device in every layer. What `later` calls of the step need leaves last.
 
         `running`: the arrays of the step in flight.
