@@ -3,7 +3,8 @@
 SmolLM2 in float32, the same weights everywhere; ours with its feed-forward layers sliced into seven experts of half
 width (weights do not matter for speed, so they are not calibrated or tuned). Peers run in processes of their own, in
 turns: spinning threads of one library slow the next one, and the machine's speed swings over minutes. A figure is the
-median over rounds of that round's ratio. llama.cpp needs `pip install xllamacpp` and is left out without it.
+median over rounds of that round's ratio. llama.cpp comes with `pip install -e .[benchmarks]` and is left
+out without it. Set JAX_COMPILATION_CACHE_DIR to compile in the first round only.
 
 Writes results/serving_cpu.json: rows {case, experts_present, peer, ratio}, above 1: ours is faster; for `bandwidth` the
 share reached of what memory and arithmetic allow.
@@ -54,7 +55,7 @@ def sliced(dense: Dense) -> Mixture:
     mixture, channels = lay_out(masks, permanent=False, tied=False, top_k=1, align=1)
     params = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in dense.params.items()}
     shape = RouterConfig(c.vocab_size, EXPERTS, rope_theta=c.rope_theta)
-    router = jax.tree.map(np.asarray, start_router(jax.random.key(0), shape, np.asarray(dense.params["embed"])))
+    router = jax.tree.map(np.asarray, start_router(jax.random.key(0), shape, jax.numpy.asarray(dense.params["embed"])))
     return Mixture(c, mixture, jax.tree.map(np.asarray, params), channels, shape, router, dense.tokenizer)
 
 
