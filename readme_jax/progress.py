@@ -10,19 +10,23 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from readme_jax.parallel.distributed import lead
+
 PLAIN_EVERY = 30.0  # seconds between plain lines
 
 
 class Meter:
     """Counts tokens towards a total; says how fast, and how long is left."""
 
-    def __init__(self, label: str, total: int, done: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self, label: str, total: int, done: int = 0, console: Console | None = None, silent: bool = False
+    ) -> None:
         self.label, self.total, self.done, self.first = label, total, done, done
-        self.console = console or Console(stderr=True)
+        self.silent, self.console = silent, console or Console(stderr=True)
         self.began = self.spoke = time.monotonic()
         self.note, self.left = "", float("nan")
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tail]}"))
-        self.bar = Progress(*columns, console=self.console) if self.console.is_terminal else None
+        self.bar = Progress(*columns, console=self.console) if self.console.is_terminal and not silent else None
         if self.bar is not None:
             self.bar.start()
             self.task = self.bar.add_task(label, total=max(total, 1), completed=done, tail="")
@@ -37,7 +41,7 @@ class Meter:
         tail = f"{note + ' · ' if note else ''}{rate or average:,.0f} tokens/s · {clock(self.left)} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, tail=tail)
-        elif now - self.spoke > PLAIN_EVERY:
+        elif now - self.spoke > PLAIN_EVERY and not self.silent:
             self.spoke = now
             print(f"{self.label}: {self.done / max(self.total, 1):.0%} · {tail}", file=sys.stderr, flush=True)
 
@@ -46,15 +50,15 @@ class Meter:
         seconds = time.monotonic() - self.began
         if self.bar is not None:
             self.bar.stop()
-        elif seconds > 1:
+        elif seconds > 1 and not self.silent:
             note = f" · {self.note}" if self.note else ""
             print(f"{self.label}: {self.done:,} tokens in {clock(seconds)}{note}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def meter(label: str, total: int, done: int = 0) -> Iterator[Meter]:
-    """A `Meter` for a block of work."""
-    each = Meter(label, total, done)
+    """A `Meter` for a block of work; of several processes only the first shows it."""
+    each = Meter(label, total, done, silent=not lead())
     try:
         yield each
     finally:

@@ -28,15 +28,17 @@ from readme_jax.evaluation.usage import repeat_rate, usage
 from readme_jax.files import write_text
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
-from readme_jax.models.router import config_for, start_router
 from readme_jax.models.runtime import Runtime, runtime_for
-from readme_jax.parallel.mesh import make_mesh, replicated
+from readme_jax.models.weights import router_table
+from readme_jax.parallel.distributed import lead
+from readme_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from readme_jax.parallel.placing import fetch, put, share_of, wait_for_all
 from readme_jax.progress import meter
-from readme_jax.refactor.convert import convert
 from readme_jax.refactor.groups import ByExpert, Grouping, expert_count, group_text
 from readme_jax.report.page import write_report
+from readme_jax.slicing import forget, start
 from readme_jax.tuning import resume as resumption
-from readme_jax.tuning.journal import Journal
+from readme_jax.tuning.journal import Journal, NoJournal
 from readme_jax.tuning.rounds import Parts, Progress, Tuner
 from readme_jax.tuning.routes import DomainRoutes, LayerwiseRoutes, RouterRoutes, routes_of
 from readme_jax.tuning.schedule import STAGES, Position, Stage, check_same, schedule_of
@@ -75,12 +77,14 @@ def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
     Also leaves there config.json, facts.json (of the slices), metrics.jsonl, report.html, export/ and checkpoints/.
     Goes on from the newest checkpoint in `<output>/checkpoints`; `resume=False` removes what is there and starts anew.
     Raises ConfigError when a saved run had other settings, DataError and CheckpointError on bad input, Interrupted
-    (a SystemExit) once a run that got SIGINT or SIGTERM has saved itself.
+    (a SystemExit) once a run that got SIGINT or SIGTERM has saved itself. Of several processes (parallel/job.py) the
+    first writes; `<output>` is a folder that all of them see.
     """
     check_run(run, len(jax.devices()), jax.process_count())
     began, output = time.monotonic(), Path(run.output)
-    if not resume:
+    if not resume and lead():
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    wait_for_all("checkpoints removed")
     store = Store(output / CHECKPOINTS)
     done = store.latest()
     meta = None if done is None else store.meta(done)
@@ -97,10 +101,11 @@ def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
         tune(setting, meta, parts, progress, fresh=done is None)
         trim()
         summary = finish(setting, meta, parts, progress)
-    _write(output / "config.json", config.to_dict(run))
-    _write(output / "facts.json", meta["facts"])
-    _write(output / "summary.json", summary)
-    write_report(output)
+    if lead():
+        _write(output / "config.json", config.to_dict(run))
+        _write(output / "facts.json", meta["facts"])
+        _write(output / "summary.json", summary)
+        write_report(output)
     return summary
 
 
@@ -121,7 +126,7 @@ def prepare(run: config.Run, output: Path, mesh: Any, store: Store, began: float
     validation = {domain: corpus.validation(domain, window) for domain in corpus.domains}
     runtime = runtime_for(run.model)
     shardings = shard_table(backbone_table(loaded.config, None, runtime.layout), mesh)
-    params = jax.device_put(to_layout(loaded.params, runtime.layout), shardings)
+    params = jax.tree.map(put, to_layout(loaded.params, runtime.layout), shardings)
     dense = Dense(loaded.config, params, loaded.tokenizer)
     return Setting(run, output, mesh, runtime, dense, corpus, validation, store, began)
 
@@ -130,30 +135,32 @@ def slice_dense(s: Setting) -> dict[str, Any]:
     """Slice the dense model, start the router, and save both as the checkpoint of step 0; returns its meta."""
     run, settings = s.run, s.run.slice
     calibration = calibration_text(s)
-    with meter("slice", sum(t.size for t in calibration.values())) as tick:
-        dense = to_layout(s.dense.params, "unrolled")
-        sliced = convert(dense, s.dense.config, calibration, settings, s.runtime, tick)
-    trim()
-    router_config = config_for(run.router, s.dense.config, sliced.mixture.num_experts)
-    key, start = jax.random.split(jax.random.key(run.seed))
-    router = start_router(start, router_config, s.dense.params["embed"])
+    sliced = start(run, s.dense, calibration, s.runtime)
     table = backbone_table(s.dense.config, sliced.mixture, s.runtime.layout)
     backbone = place(to_layout(sliced.params, s.runtime.layout), shard_table(table, s.mesh))
-    channels = jax.device_put(to_layout(sliced.channels, s.runtime.layout), replicated(s.mesh))
+    router = place(sliced.router, shard_table(router_table(sliced.router_config), s.mesh))
+    channels = on_mesh(to_layout(sliced.channels, s.runtime.layout), s.mesh)
     untuned = Evaluator(s.dense.config, sliced.mixture, s.runtime, s.mesh)
     routes = DomainRoutes(sliced.mixture.num_experts, sliced.mixture.top_k)
     grouping = group_text(calibration, settings)
     meta = {
         "config": config.to_dict(run),
         "mixture": asdict(sliced.mixture),
-        "router": asdict(router_config),
+        "router": asdict(sliced.router_config),
         "facts": sliced.facts,
         "dense": perplexities(_losses(s, "dense", Evaluator(s.dense.config, None, s.runtime, s.mesh), s.dense.params)),
         "sliced": perplexities(_losses(s, "sliced", untuned, backbone, routes, channels, grouping)),
     }
+    key = resumption.random_key(run.seed, s.mesh)
     resumption.save(s.store, Progress(0, backbone, router, key), channels, meta | {"seconds": s.seconds})
     s.store.wait()
+    forget(run)
     return meta
+
+
+def on_mesh(channels: Any, mesh: Any) -> Any:
+    """Slices on every device of the mesh."""
+    return jax.tree.map(lambda rows: put(rows, replicated(mesh)), channels)
 
 
 def calibration_text(s: Setting) -> dict[str, np.ndarray]:
@@ -191,10 +198,9 @@ def tune(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress, fre
     """The alternating rounds, from wherever `progress` is; it is changed in place."""
     run = s.run
     grouping = text_groups(s)
-    batches = {
-        "router": s.corpus.batches("router", run.router_stage.batch, run.seed),
-        "experts": s.corpus.batches("experts", run.expert_stage.batch, run.seed),
-    }
+    sizes: dict[Stage, int] = {"router": run.router_stage.batch, "experts": run.expert_stage.batch}
+    share = {stage: share_of(batch_sharding(s.mesh), rows) for stage, rows in sizes.items()}
+    batches = {stage: s.corpus.batches(stage, rows, run.seed, *share[stage]) for stage, rows in sizes.items()}
     curve = {domain: windows[:CURVE_WINDOWS] for domain, windows in s.validation.items()}
     evaluator = Evaluator(parts.model, parts.mixture, s.runtime, s.mesh)
 
@@ -205,10 +211,10 @@ def tune(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress, fre
     def save(progress: Progress) -> None:
         resumption.save(s.store, progress, parts.channels, meta | {"seconds": s.seconds})
 
-    journal = Journal(s.output, None if fresh else progress.done)
+    journal = Journal(s.output, None if fresh else progress.done) if lead() else NoJournal()
     sources: dict[Stage, Any] = {stage: ByExpert(batches[stage], grouping) for stage in STAGES}
     try:
-        Tuner(run, parts, sources, s.mesh, journal, save, evaluate).tune(progress)
+        Tuner(run, parts, sources, s.mesh, journal, save, evaluate, share).tune(progress)
     finally:
         journal.close()
         s.store.close()
@@ -295,14 +301,15 @@ def export(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress) -
     mixture = Mixture(
         parts.model,
         parts.mixture,
-        jax.tree.map(np.asarray, to_layout(progress.backbone, "unrolled")),
-        jax.tree.map(np.asarray, to_layout(parts.channels, "unrolled")),
+        jax.tree.map(fetch, to_layout(progress.backbone, "unrolled")),
+        jax.tree.map(fetch, to_layout(parts.channels, "unrolled")),
         parts.router,
-        jax.tree.map(np.asarray, dict(progress.router)),
+        jax.tree.map(fetch, dict(progress.router)),
         s.dense.tokenizer,
         {"config": meta["config"], "facts": meta["facts"]},
     )
-    save_mixture(s.output / EXPORT, mixture)
+    if lead():
+        save_mixture(s.output / EXPORT, mixture)
 
 
 def _losses(

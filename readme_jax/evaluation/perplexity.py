@@ -19,7 +19,7 @@ from readme_jax.models.cross_entropy import token_losses
 from readme_jax.models.experts import plan_batch
 from readme_jax.models.llama import Llama, head_weight
 from readme_jax.models.runtime import Runtime
-from readme_jax.parallel.mesh import batch_sharding, batch_ways, put_batch
+from readme_jax.parallel.mesh import batch_ways, put_batch, replicated
 from readme_jax.tuning.routes import LayerwiseRoutes, gated
 
 Params = Mapping[str, Any]
@@ -64,8 +64,8 @@ class Evaluator:
         ways = batch_ways(mesh)
         self.batch = -(-batch // ways) * ways
         self.mesh, self.config, self.mixture, self.runtime = mesh, config, mixture, runtime
-        rows = batch_sharding(mesh)
-        self._step = jax.jit(self._losses, out_shardings=(rows, rows if mixture is not None else None))
+        whole = replicated(mesh)  # of several processes each can read all of it
+        self._step = jax.jit(self._losses, out_shardings=(whole, whole if mixture is not None else None))
 
     def _losses(self, params: Params, channels: Any, routes: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         tokens, plan, experts = batch["tokens"], None, None

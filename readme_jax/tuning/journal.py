@@ -23,7 +23,20 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-class Journal:
+class NoJournal:
+    """What the other processes of a job have in the place of its one `Journal`."""
+
+    def train(self, done: int, position: Position, values: dict[str, float]) -> None:
+        """Nothing: process 0 writes."""
+
+    def evaluation(self, done: int, position: Position, values: dict[str, Any]) -> None:
+        """Nothing: process 0 writes."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Journal(NoJournal):
     """Appends one line a step and one an evaluation to a run's metrics, flushed at once.
 
     Lines: {kind: train | evaluation, step, round, stage, stage_step, ...}; `step` counts all steps done, including

@@ -48,17 +48,22 @@ def load(
     like: dict[str, Any] = {name: _abstract(table, mesh) for name, table in tables.items()}
     shapes = _channels_like(model, mixture, runtime, whole)
     like["channels"] = _kept(shapes)
-    like["key"] = jax.device_put(jax.random.key(run.seed), whole)
+    like["key"] = random_key(run.seed, mesh)
     position = schedule_of(run, mixture.num_experts).at(done)
     if position is not None and position.step:
         table = tables["router" if position.stage == "router" else "backbone"]
         like["moments"] = _moments_like(table, run.tuning, mesh)
     state, _ = store.load(done, like)
-    empty = jnp.zeros((model.num_layers, 0) if runtime.layout == "scanned" else 0, jnp.int32)
+    empty = jnp.zeros((model.num_layers, 0) if runtime.layout == "scanned" else (0,), jnp.int32, device=whole)
     channels = {
         layer: {part: state["channels"][layer].get(part, empty) for part in parts} for layer, parts in shapes.items()
     }
     return Progress(done, state["backbone"], state["router"], state["key"], state.get("moments")), channels
+
+
+def random_key(seed: int, mesh: Any) -> jax.Array:
+    """A run's random key, on every device of the mesh."""
+    return jax.jit(lambda: jax.random.split(jax.random.key(seed))[0], out_shardings=replicated(mesh))()
 
 
 def _kept(channels: Any) -> Any:
@@ -90,4 +95,3 @@ def _channels_like(model: ModelConfig, mixture: MixtureConfig, runtime: Runtime,
     if runtime.layout == "scanned":
         return {"layers": layer(model.num_layers)}
     return {f"layers_{i}": layer() for i in range(model.num_layers)}
-

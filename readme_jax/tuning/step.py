@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from jax.sharding import NamedSharding
@@ -27,6 +28,7 @@ from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import RoutePlan
 from readme_jax.models.weights import Table, Weight, block_table, outer_table, router_table, stacked
 from readme_jax.parallel.mesh import batch_sharding, batch_ways, replicated, sharding_for
+from readme_jax.parallel.placing import put
 from readme_jax.tuning import distill
 from readme_jax.tuning.layerwise import layerwise_loss
 from readme_jax.tuning.routes import LayerwiseRoutes, Routes, gated
@@ -96,10 +98,9 @@ def abstract_weights(table: Table, shardings: Params) -> dict[str, Any]:
 
 def place(tree: Any, shardings: Any) -> Any:
     """A fp32 copy of a tree on the mesh, which shares no memory with it: donating one leaves the other alone."""
-    leaf = lambda x, s: jax.device_put(jnp.array(x, jnp.float32, copy=True), s)  # noqa: E731
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: leaf(x, shardings), tree)
-    return jax.tree.map(leaf, tree, shardings)
+        return jax.tree.map(lambda x: put(x, shardings, jnp.float32), tree)
+    return jax.tree.map(lambda x, s: put(x, s, jnp.float32), tree, shardings)
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def build_step(
 
     def start(values: Params) -> TrainState:
         mine = place(values, param_shardings)
-        return TrainState(mine, fresh(mine), jax.device_put(jnp.zeros((), jnp.int32), whole))
+        return TrainState(mine, fresh(mine), put(np.int32(0), whole))
 
     jitted = jax.jit(
         update,

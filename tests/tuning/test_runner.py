@@ -77,7 +77,7 @@ def test_from_dense_model_to_exported_mixture(run, monkeypatch):
     half = MODEL.num_layers * MODEL.ffn_dim // 2
     assert sizes["active"] == sizes["dense"] - 3 * MODEL.embed_dim * half, "half of the channels, padding left out"
 
-    monkeypatch.setattr(runner, "convert", None)  # a finished run is neither sliced nor tuned again
+    monkeypatch.setattr(runner, "start", None)  # a finished run is neither sliced nor tuned again
     again = runner.execute(run)
     assert again["domains"] == summary["domains"]
     with pytest.raises(ConfigError, match=r"expert_stage\.lr \(0\.01 -> 0\.02\)"):

@@ -1,0 +1,86 @@
+"""The start of a run: the mixture cut from the dense model, and its router. Of several processes one cuts for all.
+
+Cutting looks at little text, so one host's devices are enough, and every process starts from the very same slices.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from readme_jax import config
+from readme_jax.checkpoints.hf import Dense, load_dense
+from readme_jax.checkpoints.mixture import Mixture, load_mixture, save_mixture
+from readme_jax.config import MixtureConfig, RouterConfig
+from readme_jax.memory import trim
+from readme_jax.models.layout import to_layout
+from readme_jax.models.router import config_for, start_router
+from readme_jax.models.runtime import Runtime
+from readme_jax.parallel.distributed import lead
+from readme_jax.parallel.mesh import make_mesh
+from readme_jax.parallel.placing import wait_for_all
+from readme_jax.progress import meter
+from readme_jax.refactor.convert import convert
+
+SLICES = "slices"  # folder of an uncommitted start, inside the run's own
+LOOK = 0.5  # seconds between looks at whether it is there
+
+
+class Start(NamedTuple):
+    """An untuned mixture and its router, unrolled; facts of its slices."""
+
+    mixture: MixtureConfig
+    params: Mapping[str, Any]
+    channels: Mapping[str, Any]
+    router_config: RouterConfig
+    router: Mapping[str, Any]
+    facts: dict[str, Any]
+
+
+def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], runtime: Runtime) -> Start:
+    """Cut the mixture and start the router. `dense` is on the run's mesh, under which this runs; calibration tokens
+    [n, T] are of each domain. With several processes the result is host arrays, equal in all."""
+    if jax.process_count() == 1:
+        return _cut(run, dense, calibration, runtime)
+    folder = Path(run.output) / SLICES
+    if lead():
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died before its first checkpoint
+    wait_for_all("slices removed")
+    if lead():
+        alone = make_mesh(config.Mesh(), jax.local_devices())
+        loaded = load_dense(run.model.checkpoint)
+        with jax.set_mesh(alone):
+            cut = _cut(run, Dense(loaded.config, jax.device_put(loaded.params), None), calibration, runtime)
+        params, channels, router = (jax.tree.map(np.asarray, dict(t)) for t in (cut.params, cut.channels, cut.router))
+        about = {"facts": cut.facts}
+        saved = (dense.config, cut.mixture, params, channels, cut.router_config, router, dense.tokenizer, about)
+        save_mixture(folder, Mixture(*saved))
+    while not folder.is_dir():  # a barrier would time out: cutting takes minutes; the watch sees the first one die
+        time.sleep(LOOK)
+    back = load_mixture(folder)
+    assert back.router is not None and back.router_config is not None
+    return Start(back.mixture, back.params, back.channels, back.router_config, back.router, back.meta["facts"])
+
+
+def forget(run: config.Run) -> None:
+    """Remove what `start` shared between processes, once a checkpoint holds it."""
+    wait_for_all("slices saved")
+    if lead():
+        shutil.rmtree(Path(run.output) / SLICES, ignore_errors=True)
+
+
+def _cut(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], runtime: Runtime) -> Start:
+    with meter("slice", sum(t.size for t in calibration.values())) as tick:
+        unrolled = to_layout(dense.params, "unrolled")
+        sliced = convert(unrolled, dense.config, calibration, run.slice, runtime, tick)
+    trim()
+    router_config = config_for(run.router, dense.config, sliced.mixture.num_experts)
+    _, key = jax.random.split(jax.random.key(run.seed))  # the first half is the run's own: resume.random_key
+    router = start_router(key, router_config, dense.params["embed"])
+    return Start(sliced.mixture, sliced.params, sliced.channels, router_config, router, sliced.facts)
