@@ -132,3 +132,19 @@ def batch(
     from readme_jax.cli.batch import batch as run
 
     run(prompts, checkpoint, out, raw, gin_file or (), gin_param or ())
+
+
+@app.command()
+def plan(
+    topology: Annotated[str, typer.Option("--topology", help="Chips and their torus: v5p:4x4x4, v5e:16x16, v6e:8x8.")],
+    gin_file: Annotated[list[str], typer.Option("--gin_file", help="Settings; repeatable, later ones win.")],
+    gin_param: Annotated[list[str] | None, typer.Option("--gin_param", help="One binding; repeatable.")] = None,
+    sweep: Annotated[int, typer.Option(help="Compile so many mesh shapes and recommend one; 0: the run's own.")] = 0,
+    out: Annotated[str | None, typer.Option("--out", help="A JSON file to write the plans to.")] = None,
+) -> None:
+    """Compile a run's steps for a TPU topology, on any machine with the extra [plan], and say what they need there."""
+    from rich.console import Console
+
+    from readme_jax.cli.plan import plan as run
+
+    run(topology, gin_file, gin_param or (), sweep, out, Console(highlight=False, soft_wrap=True))
