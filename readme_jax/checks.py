@@ -8,6 +8,7 @@ from pathlib import Path
 from readme_jax import config
 from readme_jax.checkpoints.known import shape_of
 from readme_jax.config import ModelConfig
+from readme_jax.data.starter_sources import DOMAINS as STARTER
 from readme_jax.data.text import open_text
 from readme_jax.errors import ConfigError
 from readme_jax.parallel.mesh import BATCH_AXES, axis_sizes
@@ -40,11 +41,13 @@ def check_run(run: config.Run, devices: int, processes: int = 1) -> None:
 
 
 def check_text(data: config.Data) -> tuple[str, ...] | None:
-    """The domains of a run's text, or None where its folder is not named yet or is the starter corpus.
+    """The domains of a run's text, or None where neither they nor its folder are named yet.
 
     Raises DataError when files are missing, each named.
     """
-    if data.folder in ("", "starter"):
+    if data.folder == "starter":
+        return data.domains or tuple(STARTER)
+    if not data.folder:
         return data.domains or None
     return open_text(data, Path(data.folder)).domains
 

@@ -141,6 +141,14 @@ def test_missing_redpajama_files_are_each_named(capsys, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("folder, experts", [("", 7), ("starter", 6)])
+def test_domains_that_are_not_named_are_found_or_assumed(folder, experts, capsys):
+    recipe = ROOT / "configs" / "recipes" / "paper_small.gin"
+    code, out, _ = told(capsys, "--gin_file", str(recipe), "--dry_run", "--gin_param", f"Data.folder = '{folder}'")
+    assert code == 0 and f"mixture of {experts}, total" in out
+    assert ("7 are assumed" in out) == ("Data.folder is not set" in out) == (not folder)
+
+
 def test_devices_are_for_dry_runs_alone(capsys):
     code, _, err = told(capsys, "--gin_file", str(LLAMA), "--devices", "4")
     assert code == 2 and "--dry_run" in err
