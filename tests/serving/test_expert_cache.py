@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from readme_jax.errors import ConfigError
 from readme_jax.serving.expert_cache import ExpertCache, replay
+from readme_jax.serving.residency import Places, Residency
 from readme_jax.serving.work import experts_in
 
 EXPERTS = 6
@@ -142,3 +143,41 @@ def test_batch_that_needs_the_expert_being_swapped_finishes_the_swap() -> None:
 def test_bad_settings_name_themselves(arguments, says) -> None:
     with pytest.raises(ConfigError, match=says):
         ExpertCache(*arguments)
+
+
+# --- lateness -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("due", "coming", "foreseen", "late"),
+    [
+        (0.2, 2, 1, 1),  # decided on two load times before, and still on its way
+        (0.2, None, 1, 0),  # in time
+        (0.05, 2, 0, 0),  # needed before a load could have arrived: nobody's fault
+    ],
+)
+def test_a_load_known_a_load_time_ahead_that_has_not_arrived_is_late(due, coming, foreseen, late) -> None:
+    cache = ExpertCache(4, 2, 1)
+    residency = Residency(Places(4, 2, 1), cache, load_seconds=0.1)
+    residency.bring(cache.resident)
+    residency.decide(frozenset({0, 2}), (), now=1.0)
+    residency.bring(frozenset({0, 2}))
+    residency.store.coming = coming
+    residency.due(1.0 + due)
+    assert (residency.foreseen, residency.late) == (foreseen, late)
+    residency.due(9.0)
+    residency.decide(frozenset({0, 2}), (), now=10.0)  # on the device by now: no load
+    residency.bring(frozenset({0, 2}))
+    residency.due(11.0)
+    assert (residency.foreseen, residency.late) == (foreseen, late)  # each load counts once
+
+
+def test_loads_of_later_calls_of_a_step_are_not_due_with_its_first() -> None:
+    cache = ExpertCache(4, 1)
+    residency = Residency(Places(4, 1, 0), cache, load_seconds=0.1)
+    residency.bring(cache.resident)
+    residency.decide(frozenset({1, 2, 3}), (), now=0.0)
+    for expert in (1, 2, 3):
+        residency.bring(frozenset({expert}))
+    residency.due(1.0)
+    assert residency.foreseen == 1
