@@ -268,6 +268,7 @@ class Tuning(Validated):
     weight_decay: float = 0.01  # none on norms and biases
     checkpoint_every: int = 100  # steps
     evaluate_every: int = 0  # steps; 0: at the end of each stage
+    trace_steps: int = 0  # of each stage, once compiled, traced for XProf in <output>/trace
 
     def check(self) -> None:
         self.require(self.rounds >= 0, "rounds", "zero or more")
@@ -276,6 +277,7 @@ class Tuning(Validated):
         self.require(self.weight_decay >= 0, "weight_decay", "zero or more")
         self.require(self.warmup >= 0, "warmup", "zero or more")
         self.require(self.evaluate_every >= 0, "evaluate_every", "zero or more")
+        self.require(self.trace_steps >= 0, "trace_steps", "zero or more")
         self.positive("round_decay", "checkpoint_every")
 
 

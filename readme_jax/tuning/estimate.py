@@ -65,11 +65,12 @@ def estimate(run: config.Run, model: ModelConfig, domains: int) -> Estimate:
         "router": schedule.rounds * schedule.router * run.router_stage.batch * length,
         "expert": schedule.rounds * schedule.experts * run.expert_stage.batch * length,
     }
-    each = _flops_a_token(run, model, channels, experts)
+    each = flops_a_token(run, model, channels, experts)
     return Estimate(experts, parameters, tokens, {name: tokens[name] * each[name] for name in tokens})
 
 
-def _flops_a_token(run: config.Run, model: ModelConfig, channels: Channels, experts: int) -> dict[str, float]:
+def flops_a_token(run: config.Run, model: ModelConfig, channels: Channels, experts: int) -> dict[str, float]:
+    """FLOPs of one token in calibration, in a router step and in an expert step."""
     length = run.data.sequence_length
     trunk = forward_flops(model, model.ffn_dim, length, head=False)
     sliced = forward_flops(model, channels.active, length)

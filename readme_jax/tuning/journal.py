@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from readme_jax.files import write_text
+from readme_jax.parallel.job import first_began
 from readme_jax.tuning.schedule import Position
 
 METRICS = "metrics.jsonl"
@@ -48,11 +50,16 @@ class Journal(NoJournal):
         folder = Path(folder)
         kept = [] if done is None else [line for line in read_metrics(folder) if line["step"] <= done]
         write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self.stood = sum(line.get("seconds", 0.0) for line in kept)  # seconds in steps that stand
+        self.began = first_began(folder) or time.time()
         self.lines = (folder / METRICS).open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=(done or 0) + 1, flush_secs=10)
 
     def train(self, done: int, position: Position, values: dict[str, float]) -> None:
-        """Metrics of the step taken at `position`, after which `done` steps are done."""
+        """Metrics of the step taken at `position`, after which `done` steps are done; of a timed step goodput too."""
+        if "seconds" in values:
+            self.stood += values["seconds"]
+            values = values | {"goodput": self.stood / max(time.time() - self.began, self.stood)}
         self._write("train", done, position, values)
         for name, value in values.items():
             self.board.add_scalar(f"{position.stage}/{name}", value, done)

@@ -26,6 +26,7 @@ from readme_jax.errors import ReadMeError
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.runtime import Runtime
+from readme_jax.models.sizes import Channels
 from readme_jax.parallel.job import Preempted
 from readme_jax.parallel.mesh import put_batch, replicated
 from readme_jax.parallel.placing import WHOLE, Share, put
@@ -34,6 +35,7 @@ from readme_jax.tuning.distill import merged_dense
 from readme_jax.tuning.journal import NoJournal
 from readme_jax.tuning.routes import routes_of
 from readme_jax.tuning.schedule import Position, Schedule, Stage, schedule_of
+from readme_jax.tuning.speed import Speed, Trace
 from readme_jax.tuning.stages import build_step
 from readme_jax.tuning.step import (
     Step,
@@ -78,6 +80,14 @@ class Parts:
     runtime: Runtime
     dense: Params
     channels: Params
+
+
+def real_channels(parts: Parts) -> Channels:
+    """Feed-forward channels of a mixture, mean over layers, padding left out."""
+    layers = [jax.tree.map(np.asarray, layer) for layer in to_layout(parts.channels, "unrolled").values()]
+    real = {k: np.mean([(layer[k] < parts.model.ffn_dim).sum() for layer in layers]) for k in ("permanent", "experts")}
+    m = parts.mixture
+    return Channels(m.num_experts, float(real["experts"]) / m.num_experts, float(real["permanent"]), m.top_k, m.tied)
 
 
 @dataclass
@@ -169,6 +179,10 @@ class Tuner:
         self.pace = Pace(self.schedule)
         self.signals = Signals()
         self.programs: dict[Stage, Any] = {}
+        model, devices = self.parts.model, self.mesh.devices
+        kind = devices.flat[0].device_kind
+        self.speed = Speed(self.run, model, real_channels(self.parts), devices.size, kind)
+        self.trace = Trace(self.run.output, self.run.tuning.trace_steps)
 
     def tune(self, progress: Progress) -> None:
         """Take every step that is left. Raises Interrupted after a signal, NonFinite when a loss is not a number."""
@@ -183,6 +197,7 @@ class Tuner:
                     self._stage(steps[position.stage], position, progress)
         finally:
             self.signals.release()
+            self.trace.close()
 
     def _build(self, stage: Stage) -> Step:
         return build_step(self.run, self.parts, stage, self.mesh)
@@ -229,24 +244,27 @@ class Tuner:
         while following is not None and (following.stage, following.round) == (stage, round_):
             position, began = following, time.monotonic()
             batch = put_batch(self.batches[stage][position.data], self.mesh, self.share.get(stage, WHOLE))
-            update = self._compiled(stage, step, state, batch, frozen, peak)
-            state, metrics = update(state, batch, frozen, peak)
+            if stage not in self.programs:
+                self._compile(stage, step, state, batch, frozen, peak)
+                began = time.monotonic()
+            self.trace.before(stage)
+            state, metrics = self.programs[stage](state, batch, frozen, peak)
             values = self._checked(metrics, position, progress.done)
             progress.done += 1
             following = self.schedule.at(progress.done)
             ended = following is None or following.step == 0
             progress.moments = None if ended else state.moments
             self._hold(stage, progress, state)
-            self.journal.train(progress.done, position, values)
-            self.pace.note(stage, time.monotonic() - began)
+            self.trace.after(stage, ended)
+            took = self.speed.of(stage, self._tokens(stage), time.monotonic() - began)
+            self.journal.train(progress.done, position, values | took)
+            self.pace.note(stage, took["seconds"])
             self._after(position, progress, ended)
 
-    def _compiled(self, stage: Stage, step: Step, *arguments: Any) -> Any:
+    def _compile(self, stage: Stage, step: Step, *arguments: Any) -> None:
         """The stage's compiled step. What compiling has left behind is given back before the first step needs room."""
-        if stage not in self.programs:
-            self.programs[stage] = step.update.lower(*arguments).compile()
-            trim()
-        return self.programs[stage]
+        self.programs[stage] = step.update.lower(*arguments).compile()
+        trim()
 
     def _hold(self, stage: Stage, progress: Progress, state: TrainState) -> None:
         if stage == "router":
@@ -259,6 +277,11 @@ class Tuner:
         done, tuning = progress.done, self.run.tuning
         tokens, seconds = self._tokens(position.stage), self.pace.seconds.get(position.stage)
         note = f"round {position.round + 1} {position.stage} step {position.step + 1}"
+        if seconds:
+            rates = self.speed.of(position.stage, tokens, seconds)
+            note += f" · {rates['tflops']:.3g} TFLOP/s a device" + (
+                f" · MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
+            )
         self.tick(tokens, note, self.pace.left(done), seconds and tokens / seconds)
         due = tuning.evaluate_every and done % tuning.evaluate_every == 0
         if self.evaluate is not None and (ended or due):

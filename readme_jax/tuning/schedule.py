@@ -12,7 +12,7 @@ Stage = Literal["router", "experts"]
 STAGES: tuple[Stage, ...] = ("router", "experts")
 
 # May change between an interrupted run and its resumption: they alter where things lie or what is looked at.
-FREE = ("output", "mesh", "cluster", "tuning.checkpoint_every", "tuning.evaluate_every")
+FREE = ("output", "mesh", "cluster", "tuning.checkpoint_every", "tuning.evaluate_every", "tuning.trace_steps")
 
 
 @dataclass(frozen=True)
