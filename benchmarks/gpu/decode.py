@@ -29,9 +29,9 @@ from rich.table import Table
 
 from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
-from readme_jax.config import Mesh, MixtureConfig, ModelConfig, RouterConfig
+from readme_jax.config import Mesh, MixtureConfig, Model, ModelConfig, RouterConfig
 from readme_jax.models.router import start_router
-from readme_jax.models.runtime import Runtime
+from readme_jax.models.runtime import runtime_for
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
@@ -132,7 +132,7 @@ def measure(config: ModelConfig, sizes: list[int], rows: list[dict[str, Any]], b
     for experts in (0, EXPERTS):
         model = model_of(config, experts)
         store = ExpertStore(model, dtype=jnp.bfloat16)
-        programs = Programs(model, store, limits, Runtime(dtype=jnp.bfloat16))
+        programs = Programs(model, store, limits, runtime_for(Model(compute_dtype="bfloat16")))
         cases = [("dense", b) for b in sizes] if not experts else [("one", b) for b in sizes] + [("seven", max(sizes))]
         for case, b in cases:
             chosen = np.arange(b) * EXPERTS // b if case == "seven" else np.zeros(b, np.int64)

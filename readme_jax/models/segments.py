@@ -8,6 +8,8 @@ gathers its rows into expert order, runs each expert's segment of rows as dense 
 Back ends, by name:
   blocks   (CPU) a segment is a run of static row blocks over the expert's own arrays. A block may spill past the end
            of its segment: the rows it spoils belong to experts that run after it and are written again.
+  kernel   (GPU) kernels over blocks of rows and each expert's own arrays (models/grouped_gpu.py); of few rows, masked:
+           there weights are what costs, and each is read once.
   gmm      (TPU) megablox kernels over stacked weights (models/grouped_tpu.py).
   ragged   `jax.lax.ragged_dot` over stacked weights; its default lowering computes every expert.
   masked   every expert over every row, the others' rows weighted with zero. The plain definition; slow.
@@ -17,15 +19,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from readme_jax.errors import ConfigError
+from readme_jax.models import grouped_gpu
 
-Backend = Literal["blocks", "gmm", "ragged", "masked"]
+Backend = Literal["blocks", "kernel", "gmm", "ragged", "masked"]
 Array = jax.Array
 
 # Rows of a static block: one branch each for the odd block of a segment, repeats of the last for the rest. On CPU a
@@ -33,6 +36,8 @@ Array = jax.Array
 # as much as one of 32. Every size is compiled for every expert and layer, the backward pass's at twice the price.
 _FORWARD_ROWS = (32, 48, 64, 80, 96, 112, 128, 148, 160, 176, 200, 224, 256)
 _BACKWARD_ROWS = (32, 64, 96, 128, 160, 208, 256)
+
+FEW_ROWS = 256  # below, the GPU's kernels are not worth their padding
 
 
 class Expert(NamedTuple):
@@ -90,16 +95,18 @@ def grouped_ffn(
     experts = unstack(stacked) if stacked else [Expert(*e) for e in experts]
     if len(experts) != plan.sizes.shape[0]:
         raise ConfigError(f"{len(experts)} experts for a plan of {plan.sizes.shape[0]}: they must be as many")
-    if backend not in ("blocks", "gmm", "ragged", "masked"):
-        raise ConfigError(f"back end {backend!r}: expected blocks, gmm, ragged or masked")
+    if backend not in get_args(Backend):
+        raise ConfigError(f"back end {backend!r}: expected one of {', '.join(get_args(Backend))}")
     if x.shape[0] == 0:
         return x
     if len(experts) == 1 and not some:
         y = _ffn(x, experts[0])
         return y if plan.weights is None else y * plan.weights.sum(1, keepdims=True).astype(y.dtype)
-    if backend == "masked":
-        return _masked(x, plan, experts)
     slots = plan.slots
+    if backend == "masked" or (backend == "kernel" and slots.shape[0] < FEW_ROWS):
+        return _masked(x, plan, experts)
+    if backend == "kernel":
+        return _weighted(_kernel(x, plan, experts), plan)
     if backend == "blocks":
         top = min(slots.shape[0], _FORWARD_ROWS[-1])
         slots = jnp.pad(slots, (0, top), mode="edge")  # the last segment's blocks spill too
@@ -109,10 +116,20 @@ def grouped_ffn(
         stacked = stacked or Expert(*(jnp.stack(w) for w in zip(*experts, strict=True)))
         rows = (_gmm if backend == "gmm" else _ragged)(rows, plan.sizes, stacked)
     rows = _covered(rows, plan, some)
-    pairs = rearrange(_collect(rows, slots, plan.inverse), "(n k) d -> n k d", k=plan.inverse.shape[1])
+    return _weighted(_collect(rows, slots, plan.inverse), plan)
+
+
+def _weighted(pairs: Array, plan: RoutePlan) -> Array:
+    """The weighted sum of each token's pairs, [M, D] -> [N, D]."""
+    pairs = rearrange(pairs, "(n k) d -> n k d", k=plan.inverse.shape[1])
     if plan.weights is not None:
         pairs = pairs * plan.weights[..., None].astype(pairs.dtype)
     return pairs.sum(1)
+
+
+def _kernel(x: Array, plan: RoutePlan, experts: list[Expert]) -> Array:
+    tiles, interpret = grouped_gpu.tiles_for(plan.slots.shape[0]), jax.default_backend() == "cpu"
+    return grouped_gpu.grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles, interpret)
 
 
 def _covered(rows: Array, plan: RoutePlan, some: bool) -> Array:

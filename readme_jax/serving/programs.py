@@ -38,6 +38,11 @@ from readme_jax.serving.state import State, copy_rows, empty_state, insert_route
 from readme_jax.serving.store import ExpertStore
 
 Present = Sequence[Sequence[Expert]]  # what `ExpertStore.present` returns
+# A whole call becomes one CUDA graph, branches and loops included: else the host waits for each of their conditions.
+GPU_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
+}
+KEPT = 256  # small inputs of calls that are kept on the device
 BLOCK_WEIGHTS = ("attn_norm", "q", "k", "v", "o", "ffn_norm")
 
 
@@ -90,6 +95,7 @@ class Programs:
         self._placed = SingleDeviceSharding(self.device)
         self.weights = self._place(model, store)
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._small: dict[tuple[Any, ...], jax.Array] = {}
         self.planned = len(self._all())
         most = CPU_PROGRAMS if self.device.platform == "cpu" else GPU_PROGRAMS
         if self.planned > most:
@@ -183,7 +189,8 @@ class Programs:
         program = self._program("decode", rows, len(present))
         mask = np.zeros(rows, bool)
         mask[: len(active)] = active
-        return program(self.weights, weights, state, mask, present, sampling.padded(rows))
+        small = jax.tree.map(self._kept, (mask, present, sampling.padded(rows)))
+        return program(self.weights, weights, state, *small)
 
     def copy_row(self, state: State, source: int, target: int, length: int) -> State:
         """The first `length` tokens of row `source` copied to `target`. Uses `state` up.
@@ -201,6 +208,16 @@ class Programs:
             if progress is not None:
                 progress(done, len(keys))
         return len(keys)
+
+    def _kept(self, array: np.ndarray) -> jax.Array:
+        """A small host array on the device: the same one again where the last steps had an equal one, because a copy
+        costs a GPU more than a layer."""
+        key = (array.shape, array.dtype.str, array.tobytes())
+        if key not in self._small:
+            if len(self._small) >= KEPT:
+                self._small.pop(next(iter(self._small)))
+            self._small[key] = jax.device_put(array, self._placed)
+        return self._small[key]
 
     # --- shapes ---------------------------------------------------------------------------------------------------
 
@@ -234,7 +251,8 @@ class Programs:
         if key not in self._programs:
             function, arguments, donated = getattr(self, f"_{name}_program")(*sizes)
             with jax.set_mesh(self.mesh):
-                self._programs[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+                lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+                self._programs[key] = lowered.compile(GPU_OPTIONS if self.device.platform == "gpu" else None)
         return self._programs[key]
 
     def _abstract(self, tree: Any) -> Any:

@@ -1,0 +1,56 @@
+"""The GPU's grouped kernels, interpreted, against every expert over every row, in value and gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from readme_jax.models.grouped_gpu import Tiles, grouped_swiglu
+from readme_jax.models.segments import Expert, grouped_ffn, plan_routes
+
+TILES = Tiles(rows=64, columns=32, depth=32, group=2)
+
+
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, used, width, own",
+    [(150, 1, 3, (0, 2), 64, 96), (100, 2, 4, (0, 1, 2, 3), 64, 32), (64, 1, 2, (1,), 32, 64)],
+    ids=["an expert without rows", "two a token", "one full block"],
+)
+def test_value_and_gradients(tokens, top_k, experts, used, width, own):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32)
+
+    weights = [Expert(normal(own, width), normal(own, width), normal(width, own)) for _ in range(experts)]
+    routes = np.stack([rng.permutation(used)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    plan, x, direction = plan_routes(jnp.asarray(routes), experts), normal(tokens, width), normal(tokens, width)
+
+    def kernel(x, weights):
+        pairs = grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, weights, TILES, True)
+        return pairs.reshape(tokens, top_k, width).sum(1)
+
+    y, pull = jax.vjp(kernel, x, weights)
+    want, pull_want = jax.vjp(lambda x, w: grouped_ffn(x, plan, w, "masked"), x, weights)
+    np.testing.assert_allclose(y, want, atol=1e-5 * float(jnp.abs(want).max()))
+    for a, b in zip(jax.tree.leaves(pull(direction)), jax.tree.leaves(pull_want(direction)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_pairs_that_sizes_do_not_cover_add_nothing():
+    rng = np.random.default_rng(1)
+    weights = [Expert(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(32, 32)] * 3)) for _ in range(2)]
+    x = jnp.asarray(rng.normal(size=(90, 32)), jnp.float32)
+    routes = jnp.asarray(rng.integers(0, 3, (90, 1)), jnp.int32)  # expert 2 is elsewhere
+    plan = plan_routes(routes, 2)
+
+    def kernel(x):
+        return grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, weights, TILES, True)
+
+    y, pull = jax.vjp(kernel, x)
+    (dx,) = pull(jnp.ones_like(y))
+    here = np.asarray(routes[:, 0] < 2)
+    assert not np.asarray(y)[~here].any() and not np.asarray(dx)[~here].any()
+    assert (np.abs(np.asarray(y)[here]).max(1) > 0).all() and (np.abs(np.asarray(dx)[here]).max(1) > 0).all()
