@@ -47,24 +47,24 @@ def cache(base: Case, name: str, about: dict[str, Any]) -> None:
     table4, summary = _cache.table4_rows(), _cache.summary(rows)
     show("Table 4", table4)
     show("Belady with roll-out against LRU and the optimum", summary)
-    _cache.plot(rows, RESULTS / f"{name}.png")
     write_results(name, **about, rows=rows, table4=table4, summary=summary)
+    _cache.plot(rows, RESULTS / f"{name}.png")
 
 
 def batching(base: Case, name: str, about: dict[str, Any], capacity: int, processes: int) -> None:
     """batching.json: four schedulers on two traces, at three loads, with two routers, resident or not."""
     rows, ratios = _batching.batching(base, capacity, processes)
     show("lookahead over the best baseline", ratios)
-    _batching.plot(rows, RESULTS / f"{name}.png")
     write_results(name, **about, rows=rows, ratios=ratios)
+    _batching.plot(rows, RESULTS / f"{name}.png")
 
 
 def prefetch(base: Case, name: str, about: dict[str, Any]) -> None:
     """prefetch.json: latency, hidden load time and steps against their limit."""
     rows = _prefetch.prefetch_rows(base)
     show("Prefetch", rows)
-    _prefetch.plot(rows, RESULTS / f"{name}.png")
     write_results(name, **about, rows=rows)
+    _prefetch.plot(rows, RESULTS / f"{name}.png")
 
 
 def devices(base: Case, name: str, about: dict[str, Any], capacity: int, processes: int) -> None:
