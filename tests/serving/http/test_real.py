@@ -121,6 +121,14 @@ def test_bad_input_is_named_and_the_engine_goes_on(client, body, param):
     assert client.completions.create(model="tiny", prompt="go on", max_tokens=2).usage.completion_tokens
 
 
+def test_a_temperature_that_is_no_number_is_named(real):
+    for value in (float("nan"), float("inf"), "hot"):
+        body = json.dumps({"prompt": "a", "temperature": value})  # NaN and Infinity, as some clients write them
+        answer = httpx2.post(f"{real[1]}/v1/completions", content=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "temperature"
+    assert httpx2.post(f"{real[1]}/v1/completions", json={"prompt": "go on", "max_tokens": 2}).status_code == 200
+
+
 def test_a_client_that_goes_frees_everything(real):
     engine, url = real
     with httpx2.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, "stream": True}) as sent:

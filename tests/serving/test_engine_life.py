@@ -1,0 +1,140 @@
+"""What an engine holds on the device: how much at most, in which memory, and that none of it is left in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+from collections import Counter
+from collections.abc import Callable
+from string import printable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from alone import assert_nothing_left, run_out
+from conftest import TINY
+from fake_programs import COSTS, Ticks
+
+from readme_jax import config
+from readme_jax.serving.buckets import Limits
+from readme_jax.serving.build import residency_of
+from readme_jax.serving.calls import Caller
+from readme_jax.serving.engine import Engine
+from readme_jax.serving.footprint import Metered, device_bytes, footprint
+from readme_jax.serving.live import Live
+from readme_jax.serving.programs import KEPT
+from readme_jax.serving.request import Request, SamplingParams
+from readme_jax.serving.scheduler import make_scheduler
+from readme_jax.serving.store import ExpertStore
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+WIDE = dataclasses.replace(TINY, embed_dim=64, ffn_dim=3072)  # experts so large that one too many would show
+EXPERTS, ROWS, LENGTH, CHUNK = 7, 8, 64, 8
+REQUESTS = 2000
+
+
+class Watched(Metered):
+    """Programs that remember the memory kinds of their array arguments, and the most bytes handed over from NumPy."""
+
+    kinds: set[str | None]
+    handed = 0
+
+    def _program(self, name: str, *sizes: int) -> Callable[..., Any]:
+        program = super()._program(name, *sizes)
+
+        def call(*arguments: Any) -> Any:
+            leaves = jax.tree.leaves(arguments)
+            self.kinds |= {x.sharding.memory_kind for x in leaves if isinstance(x, jax.Array)}
+            self.handed = max(self.handed, sum(x.nbytes for x in leaves if not isinstance(x, jax.Array)))
+            return program(*arguments)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_model, tiny_tokenizer):
+    """Engines that share compiled programs and nothing else, over a model whose arrays are on the host."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    made = tiny_model("top1", tiny_tokenizer, EXPERTS, WIDE)
+    params, router = (jax.tree.map(lambda x: np.array(x), tree) for tree in (made.params, made.router))
+    model = dataclasses.replace(made, params=params, router=router)
+    del made
+    compiled: dict[Any, Any] = {}
+
+    def make(**chosen: Any) -> Engine:
+        gc.collect()
+        before = device_bytes()
+        settings = {"rows": ROWS, "length": LENGTH, "page_size": 4, "chunk": CHUNK, "queue": 100, "budget": 40}
+        serving = config.Serving(**{**settings, **chosen})
+        store = ExpertStore(model, serving.slots, serving.staging)
+        programs = Watched(model, store, Limits(ROWS, LENGTH, chunks=(CHUNK,), decode=(ROWS,)))
+        programs._programs, programs.before, programs.kinds = compiled, before, set()
+        scheduler = make_scheduler(serving.scheduler, serving.budget, COSTS, EXPERTS)
+        caller = Caller(programs, residency_of(store, serving))
+        return Engine(caller, scheduler, serving, WIDE.vocab_size, tiny_tokenizer, clock=Ticks())
+
+    return make
+
+
+def ask(rng: random.Random, **params: Any) -> Request:
+    prompt = [rng.randrange(256) for _ in range(rng.randrange(1, 20))]
+    return Request(prompt, SamplingParams(max_tokens=rng.randrange(1, 9), temperature=1.0, **params))
+
+
+def buffers_beside(engine: Engine) -> tuple[int, int]:
+    """How many buffers are alive besides experts' and the few small inputs that calls keep, and their bytes."""
+    gc.collect()
+    programs, store = engine._caller.programs, engine._caller.residency.store
+    layers = [layer for home in (store._on_device, store._staged, store._waiting) for layer in home]
+    kept = [w for layer in layers for expert in layer.values() for w in expert] + list(programs._small.values())
+    known = {x.unsafe_buffer_pointer() for x in kept}
+    found = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if not x.is_deleted()}
+    others = {pointer: size for pointer, size in found.items() if pointer not in known}
+    return len(others), sum(others.values())
+
+
+def test_two_thousand_requests_leave_nothing_behind(make_engine):
+    rng, reasons, alive = random.Random(0), Counter(), []
+    engine = make_engine(pages=24, slots=3, staging=1, scheduler="decode_first")
+    engine._caller.programs.metering = False
+    for _ in range(50):
+        engine.submit(ask(rng))
+    run_out(engine)
+    before = buffers_beside(engine)
+    for _ in range(REQUESTS):
+        stops = ["".join(rng.choices(printable, k=rng.randrange(1, 3))) for _ in range(rng.randrange(1, 5))]
+        told = lambda event: reasons.update([event.finish_reason])  # noqa: E731
+        alive.append(engine.submit(ask(rng, stop=stops), told).id)
+        while engine.stats().waiting > 12:
+            engine.step()
+        if rng.random() < 0.2:
+            engine.cancel(rng.choice(alive[-16:]))
+    run_out(engine)
+    stats = engine.stats()
+    assert reasons.total() - reasons[None] == REQUESTS == stats.finished - 50
+    assert min(reasons[reason] for reason in ("stop", "length", "cancelled")) > 50 and not reasons["error"]
+    assert stats.preemptions > 0 and stats.missing > 0 and stats.loads > 1000
+    assert_nothing_left(engine)
+    assert buffers_beside(engine) == before
+    assert not [x for x in gc.get_objects() if isinstance(x, Live)]
+    assert len(engine._caller.programs._small) <= KEPT
+    store = engine._caller.residency.store
+    assert all(len(store.on_device(i)) <= store.slots + store.staging for i in range(store.num_layers))
+
+
+@pytest.mark.parametrize("slots, staging, ahead", [(1, 1, True), (3, 0, True), (3, 1, False)])
+def test_peak_memory_and_where_arguments_lie(make_engine, slots, staging, ahead):
+    """At any call at most 1.05 x (all but experts, k + staging experts a layer, caches), and every array a call is
+    given lies in device memory: what a CPU computes on from `pinned_host` a GPU would not."""
+    rng = random.Random(1)
+    engine = make_engine(slots=slots, staging=staging, ahead=ahead)
+    for _ in range(60):
+        engine.submit(ask(rng))
+    run_out(engine)
+    programs = engine._caller.programs
+    needed = footprint(programs)
+    assert engine.stats().loads > 100
+    assert needed.total < programs.peak <= 1.05 * needed.total
+    assert programs.kinds == {"device"} and 0 < programs.handed < 4096
