@@ -120,6 +120,8 @@ def take_part(run: config.Run) -> Iterator[None]:
     except BaseException as e:
         stopped = isinstance(e, Preempted | KeyboardInterrupt)
         if watch is not None and not stopped:
+            if isinstance(e, RuntimeError):  # jax's are
+                watch.defer()
             watch.failed(_line(e))
         if lead():
             record.ended("preempted", _line(e)) if stopped else record.crashed(_line(e))

@@ -34,6 +34,7 @@ class Watch:
     def __init__(self, seat: Seat, lines: Lines, timeout: float, record: Callable[[str], None]) -> None:
         self.seat, self.lines, self.timeout, self.record = seat, lines, timeout, record
         self.ending = threading.Event()
+        self.dying = threading.Event()
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
@@ -45,6 +46,14 @@ class Watch:
     def failed(self, reason: str) -> None:
         """This process is about to end for a reason that the others should know."""
         self._end({"failed": reason})
+
+    def defer(self) -> None:
+        """After an error that may be another process's death seen from here, such as a collective that broke.
+
+        Returns where all others live; else this process ends here, with the reason that the watch knows.
+        """
+        if self.dying.wait(GRACE):
+            self.thread.join()
 
     def _end(self, message: dict[str, Any]) -> None:
         if not self.ending.is_set():
@@ -104,6 +113,7 @@ class Watch:
         self._die(process, why, host)
 
     def _die(self, process: int, why: str, host: str) -> None:
+        self.dying.set()
         if self.ending.wait(GRACE):
             return  # the main thread says what happened
         reason = f"{self.seat.name(process, host)} {why}"
