@@ -1,4 +1,4 @@
-# make demo | test | sweep | lint, each in a virtual environment of its own Python: make test PYTHON=python3.12
+# make demo | test | sweep | multihost | lint, each in a virtual environment of its own Python: make test PYTHON=python3.12
 #
 # Packages are pinned in requirements/; a stamp in the environment remembers which set it has.
 
@@ -10,7 +10,7 @@ PYENV := $(shell ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(patsubst pytho
 # python3.11 is only a default: without it, any Python that is new enough will do.
 FALLBACK := $(if $(filter file default,$(origin PYTHON)),python3.12 python3)
 
-.PHONY: demo test sweep lint clean
+.PHONY: demo test sweep multihost lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/stamp-run
@@ -22,6 +22,9 @@ test: $(VENV)/stamp-test
 
 sweep: $(VENV)/stamp-test
 	$(BIN)/python -m pytest -m sweep --hypothesis-show-statistics $(TESTS)
+
+multihost: $(VENV)/stamp-test
+	$(BIN)/python -m pytest -m multihost tests/parallel
 
 lint: $(VENV)/stamp-lint
 	$(BIN)/ruff check .
