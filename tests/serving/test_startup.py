@@ -38,6 +38,6 @@ def test_an_engine_compiles_nothing_after_warm_up(tiny_model) -> None:
     )
     serve(0)
     stats = engine.stats()
-    assert stats.preemptions and stats.loads and stats.finished == 8
+    assert stats.loads and stats.finished == 8
     assert stats.compilations == engine._caller.programs.planned and not compiled
     jax.monitoring.clear_event_listeners()
