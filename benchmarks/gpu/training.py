@@ -1,8 +1,8 @@
 """Expert steps on one GPU, bf16 with float32 masters: `python benchmarks/gpu/training.py`.
 
-SmolLM2-135M's shape at sequence 1024, random weights: seven experts of half the width that own their rows (sequences of
-different experts in a batch), the dense slice of the same arithmetic, and the dense model. MFU: 6 FLOPs an active weight
-and token and causal attention, over the bf16 matmul rate of the same run.
+SmolLM2-135M's shape at sequence 1024, random weights: seven experts of half the width that own their rows (sequences
+of different experts in a batch), the dense slice of the same arithmetic, and the dense model. MFU: 6 FLOPs an active
+weight and token and causal attention, over the bf16 matmul rate of the same run.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
     rows: int = 128
     columns: int = 128
     depth: int = 64
-    group: int = 16
+    group: int = 8
 
 
 class Blocks(NamedTuple):
@@ -178,17 +178,21 @@ def _run(
     tiles = tiles._replace(columns=_fitting(columns, tiles.columns), depth=_fitting(depth, tiles.depth))
     shape = jax.ShapeDtypeStruct((count * tiles.rows, columns), terms[0].rows.dtype)
     weights = [w for term in terms for w in term.weights]
+    rows: list[Array] = []  # those of each term, once where terms share them: a kernel reads them once too
+    for term in terms:
+        if not any(term.rows is r for r in rows):
+            rows.append(term.rows)
     body = functools.partial(
         _rows_kernel, tiles=tiles, depth=depth, across=terms[0].across, join=join, outputs=outputs, top_k=top_k
     )
     return pl.pallas_call(
-        functools.partial(body, terms=len(terms), experts=len(terms[0].weights)),
+        functools.partial(body, terms=len(terms), shared=len(rows) < len(terms), experts=len(terms[0].weights)),
         grid=(count * (columns // tiles.columns),),
         out_shape=(shape,) * outputs,
         compiler_params=triton.CompilerParams(num_warps=8 if tiles.rows > 64 else 4, num_stages=3),
         interpret=interpret,
         name=f"grouped_{join.__name__.strip('_')}",
-    )(blocks.expert, blocks.pairs, *(term.rows for term in terms), *weights, *beside)
+    )(blocks.expert, blocks.pairs, *rows, *weights, *beside)
 
 
 def _rows_kernel(
@@ -202,11 +206,13 @@ def _rows_kernel(
     outputs: int,
     top_k: int,
     terms: int,
+    shared: bool,
     experts: int,
 ) -> None:
     """One tile. Groups of row blocks run through all columns together, so that weights stay in the L2 cache."""
-    rows_refs, weights = refs[:terms], refs[terms : terms + terms * experts]
-    beside, outs = refs[terms + terms * experts : -outputs], refs[-outputs:]
+    sources = 1 if shared else terms
+    rows_refs, weights = refs[:sources], refs[sources : sources + terms * experts]
+    beside, outs = refs[sources + terms * experts : -outputs], refs[-outputs:]
     count = expert_ref.shape[0]
     run = tiles.group * (pl.num_programs(0) // count)
     program = pl.program_id(0)
@@ -216,14 +222,16 @@ def _rows_kernel(
     here = (pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns))
     rows = pairs_ref[here[0]] // top_k if top_k else here[0]
 
-    def product(e: int, term: int, k: Array) -> Array:
-        part = pl.ds(k * tiles.depth, tiles.depth)
-        x, w = rows_refs[term][rows, part], weights[term * experts + e]
-        return _dot(x, w[part, here[1]]) if across else _dot(x, w[here[1], part].T)
-
     def tile(e: int) -> None:
         def step(k: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(total + product(e, term, k) for term, total in enumerate(sums))
+            part = pl.ds(k * tiles.depth, tiles.depth)
+            xs = [ref[rows, part] for ref in rows_refs]
+            products = []
+            for term in range(terms):
+                w = weights[term * experts + e]
+                x = xs[0 if shared else term]
+                products.append(_dot(x, w[part, here[1]]) if across else _dot(x, w[here[1], part].T))
+            return tuple(total + product for total, product in zip(sums, products, strict=True))
 
         zeros = (jnp.zeros((tiles.rows, tiles.columns), jnp.float32),) * terms
         sums = jax.lax.fori_loop(0, depth // tiles.depth, step, zeros)

@@ -39,7 +39,7 @@ from readme_jax.serving.store import ExpertStore
 
 Present = Sequence[Sequence[Expert]]  # what `ExpertStore.present` returns
 # A whole call becomes one CUDA graph, branches and loops included: else the host waits for each of their conditions.
-GPU_OPTIONS = {
+GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
 }
 KEPT = 256  # small inputs of calls that are kept on the device
