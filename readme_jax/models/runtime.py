@@ -18,16 +18,16 @@ class Runtime:
     dtype: Any = jnp.float32  # of activations and matmuls; parameters stay as stored
     layout: config.Layout = "unrolled"
     remat: bool = False
-    segments: Literal["blocks", "gmm", "masked", "ragged"] = "blocks"
+    segments: Literal["blocks", "kernel", "gmm", "masked", "ragged"] = "blocks"
     attention: Literal["blocks", "cudnn"] = "blocks"
     decode: Literal["stretches", "kernel"] = "stretches"  # how a decode step attends to its cache and writes it
 
 
 def runtime_for(model: config.Model, platform: str | None = None) -> Runtime:
-    """The back ends of a platform: static row blocks on CPU, megablox on TPU, cuDNN attention on GPU in bf16,
-    and there a kernel for attention to the cache."""
+    """The back ends of a platform: static row blocks on CPU, megablox on TPU; on GPU kernels for segments and
+    for attention to the cache, and cuDNN's attention in bf16."""
     platform = platform or jax.default_backend()
-    segments: dict[str, Literal["blocks", "gmm", "masked"]] = {"cpu": "blocks", "tpu": "gmm", "gpu": "masked"}
+    segments: dict[str, Literal["blocks", "gmm", "kernel"]] = {"cpu": "blocks", "tpu": "gmm", "gpu": "kernel"}
     cudnn = platform == "gpu" and model.compute_dtype == "bfloat16"
     return Runtime(
         dtype=jnp.dtype(model.compute_dtype),

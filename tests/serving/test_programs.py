@@ -24,7 +24,7 @@ LIMITS = Limits(rows=4, length=48, chunks=(8,), decode=(1, 4), stretches=(8, 20,
 PROMPTS = [[5, 3, 8, 1, 13, 2], [7], list(range(20)), [200, 100, 50, 25, 12, 6, 3, 1, 0]]
 FEW = Limits(rows=4, length=48, chunks=(8,), decode=(4,), stretches=(8, 20, 48))  # fewer programs
 THOROUGH = ("top1", "top2")
-GPU = Runtime(segments="masked", decode="kernel")  # as on a GPU, but in float32 and its kernel interpreted
+GPU = Runtime(segments="kernel", decode="kernel")  # as on a GPU, but in float32 and its kernel interpreted
 KINDS = ["dense", "top1", "top2", "tied", "own_rows"]
 
 
