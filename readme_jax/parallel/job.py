@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 
 from readme_jax import config
-from readme_jax.errors import ReadMeError
+from readme_jax.errors import ConfigError, ReadMeError
 from readme_jax.files import write_text
 from readme_jax.parallel.distributed import connect, find_seat, lead
 from readme_jax.parallel.preflight import roll_call
@@ -55,9 +55,11 @@ class Record:
     def __init__(self, output: str | Path) -> None:
         self.path = Path(output) / STATUS
         self.attempts: list[dict[str, Any]] = []
+        self.before: str | None = None  # the file as it was
 
     def began(self, about: Mapping[str, Any]) -> None:
         """A new attempt, running."""
+        self.before = self.path.read_text() if self.path.is_file() else None
         self.attempts = self._before()
         self.attempts.append({"status": "running", "why": None, "began": time.time(), "ended": None, **about})
         self._write()
@@ -75,6 +77,19 @@ class Record:
             self.ended("crashed", why)
         except OSError as e:
             print(f"{self.path} not written: {e.strerror}", file=sys.stderr)
+
+    def refused(self, error: ReadMeError) -> None:
+        """The attempt ended on bad input. Settings that do not fit a run, or input of one that has saved nothing yet,
+        leave what was there; anything else is a crash."""
+        folder = self.path.parent
+        if not isinstance(error, ConfigError) and any(p != self.path for p in folder.iterdir()):
+            self.crashed(_line(error))
+        elif self.before is not None:
+            write_text(self.path, self.before)
+        else:
+            self.path.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def _before(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -124,7 +139,12 @@ def take_part(run: config.Run) -> Iterator[None]:
                 watch.defer()
             watch.failed(_line(e))
         if lead():
-            record.ended("preempted", _line(e)) if stopped else record.crashed(_line(e))
+            if stopped:
+                record.ended("preempted", _line(e))
+            elif isinstance(e, ReadMeError):
+                record.refused(e)
+            else:
+                record.crashed(_line(e))
         if watch is not None and isinstance(e, Preempted):
             _part(watch)
         raise

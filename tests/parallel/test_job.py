@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from readme_jax import config
-from readme_jax.errors import DataError
+from readme_jax.errors import CheckpointError, ConfigError, DataError
 from readme_jax.parallel.job import Preempted, Record, agreed, config_hash, first_began, take_part
 
 
@@ -39,9 +39,26 @@ def test_a_run_that_finishes(tmp_path):
     ],
 )
 def test_a_run_that_does_not(tmp_path, error, ending, why):
+    (tmp_path / "metrics.jsonl").touch()  # it has begun to save
     with pytest.raises(type(error)), take_part(config.Run(output=str(tmp_path))):
         raise error
     assert (status(tmp_path)["status"], status(tmp_path)["why"]) == (ending, why)
+
+
+@pytest.mark.parametrize("error", [ConfigError("x"), DataError("x"), CheckpointError("x")])
+def test_bad_input_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)), take_part(config.Run(output=str(tmp_path / "run"))):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_do_not_fit_a_run_leave_its_record_alone(tmp_path):
+    with take_part(config.Run(output=str(tmp_path))):
+        (tmp_path / "summary.json").touch()
+    before = (tmp_path / "status.json").read_bytes()
+    with pytest.raises(ConfigError), take_part(config.Run(output=str(tmp_path))):
+        raise ConfigError("other settings")
+    assert (tmp_path / "status.json").read_bytes() == before
 
 
 def test_attempts_add_up_and_a_kill_without_a_word_shows(tmp_path):
