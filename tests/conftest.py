@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from tiny_shape import TINY
 
 from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
@@ -18,9 +19,6 @@ from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.models.weights import Weight, block_table, outer_table, router_table
 from readme_jax.refactor.slice import lay_out, slice_layer
 
-TINY = ModelConfig(
-    vocab_size=260, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_position=512
-)
 TINY_EXPERTS = 3
 # name -> (permanent part, tied, experts a token)
 MIXTURES = {

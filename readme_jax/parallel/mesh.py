@@ -85,8 +85,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def spread_weight(w: jax.Array, *names: str | None) -> jax.Array:
-    """Lay a weight out by its logical axes inside a step: like `constrain`, whole along what does not divide."""
-    return _lay_out(w, partition("a weight", w.shape, names, jax.sharding.get_abstract_mesh()))
+    """Lay a weight out by its logical axes inside a step: like `constrain`, but whole along what does not divide, and
+    as it is outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return w if mesh.empty else _lay_out(w, partition("a weight", w.shape, names, mesh))
 
 
 @partial(jax.jit, static_argnums=1, inline=True)  # also takes an array made outside the mesh

@@ -35,7 +35,7 @@ class Reached(Exception):
 class Stopping(Tuner):
     """A tuner that stops where it would compile its first step."""
 
-    def _compiled(self, stage, step, *arguments):
+    def _compile(self, stage, step, *arguments):
         raise Reached(stage, arguments)
 
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 from alone import assert_nothing_left, run_out
-from conftest import TINY
 from fake_programs import COSTS, Ticks
+from tiny_shape import TINY
 
 from readme_jax import config
 from readme_jax.serving.buckets import Limits
@@ -32,7 +32,6 @@ from readme_jax.serving.store import ExpertStore
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 WIDE = dataclasses.replace(TINY, embed_dim=64, ffn_dim=3072)  # experts so large that one too many would show
 EXPERTS, ROWS, LENGTH, CHUNK = 7, 8, 64, 8
-REQUESTS = 2000
 
 
 class Watched(Metered):
@@ -95,7 +94,8 @@ def buffers_beside(engine: Engine) -> tuple[int, int]:
     return len(others), sum(others.values())
 
 
-def test_two_thousand_requests_leave_nothing_behind(make_engine):
+@pytest.mark.parametrize("requests", [300, pytest.param(2000, marks=pytest.mark.sweep)])
+def test_requests_leave_nothing_behind(make_engine, requests):
     rng, reasons, alive = random.Random(0), Counter(), []
     engine = make_engine(pages=24, slots=3, staging=1, scheduler="decode_first")
     engine._caller.programs.metering = False
@@ -103,7 +103,7 @@ def test_two_thousand_requests_leave_nothing_behind(make_engine):
         engine.submit(ask(rng))
     run_out(engine)
     before = buffers_beside(engine)
-    for _ in range(REQUESTS):
+    for _ in range(requests):
         stops = ["".join(rng.choices(printable, k=rng.randrange(1, 3))) for _ in range(rng.randrange(1, 5))]
         told = lambda event: reasons.update([event.finish_reason])  # noqa: E731
         alive.append(engine.submit(ask(rng, stop=stops), told).id)
@@ -113,9 +113,9 @@ def test_two_thousand_requests_leave_nothing_behind(make_engine):
             engine.cancel(rng.choice(alive[-16:]))
     run_out(engine)
     stats = engine.stats()
-    assert reasons.total() - reasons[None] == REQUESTS == stats.finished - 50
-    assert min(reasons[reason] for reason in ("stop", "length", "cancelled")) > 50 and not reasons["error"]
-    assert stats.preemptions > 0 and stats.missing > 0 and stats.loads > 1000
+    assert reasons.total() - reasons[None] == requests == stats.finished - 50
+    assert min(reasons[reason] for reason in ("stop", "length", "cancelled")) > requests // 40 and not reasons["error"]
+    assert stats.preemptions > 0 and stats.missing > 0 and stats.loads > requests // 2
     assert_nothing_left(engine)
     assert buffers_beside(engine) == before
     assert not [x for x in gc.get_objects() if isinstance(x, Live)]
