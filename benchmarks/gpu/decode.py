@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from readme_jax.checkpoints.hf import Dense
+from readme_jax.checkpoints.known import shape_of
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.config import Mesh, MixtureConfig, Model, ModelConfig, RouterConfig
 from readme_jax.models.router import start_router
@@ -38,9 +39,7 @@ from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import Samplings
 from readme_jax.serving.store import ExpertStore
 
-SHAPE = ModelConfig(
-    vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, ffn_dim=11008
-)
+SHAPE = shape_of("meta-llama/Llama-2-7b-hf")
 EXPERTS, LENGTH, POSITION, STEPS = 7, 1024, 900, 30
 
 

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import write_results
 from decode import EXPERTS, SHAPE, model_of, seconds_of
 
-from readme_jax.config import Mesh, Model, ModelConfig
+from readme_jax.config import Mesh, Model
 from readme_jax.models.runtime import runtime_for
+from readme_jax.models.sizes import forward_flops
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
@@ -35,15 +36,6 @@ def matmul_rate() -> float:
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     multiply = jax.jit(lambda a: a @ a)
     return 2 * 8192**3 / seconds_of(lambda: multiply(a), 10)
-
-
-def flops(config: ModelConfig, tokens: int, experts: int) -> float:
-    """What a prompt activates."""
-    width = config.ffn_dim // 2 if experts else config.ffn_dim
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.embed_dim * (2 * heads + 2 * kv + 3 * width)
-    attention = 2 * heads * tokens  # both products, causal: half of the square
-    return 2.0 * tokens * config.num_layers * (layer + attention / 2)
 
 
 def prefill(programs: Programs, tokens: int, routes: np.ndarray) -> float:
@@ -82,13 +74,14 @@ def main() -> None:
             model = model_of(config, experts)
             store = ExpertStore(model, dtype=jnp.bfloat16)
             sizes = tuple(sorted(args.tokens))
+            width = config.ffn_dim // 2 if experts else config.ffn_dim
             programs = Programs(model, store, Limits(1, sizes[-1], chunks=sizes, prompts=(sizes[-1],)), runtime)
             for tokens in sizes:
                 for case in ("one", "seven") if experts else ("dense",):
                     routes = np.arange(tokens)[:, None] * (EXPERTS if case == "seven" else 1) // tokens
                     took = prefill(programs, tokens, routes[:, : programs.shape.top_k])
                     row = {"case": case, "tokens": tokens, "ms": 1e3 * took}
-                    rows.append(row | {"mfu": flops(config, tokens, experts) / took / rate})
+                    rows.append(row | {"mfu": tokens * forward_flops(config, width, tokens, head=False) / took / rate})
                     print(rows[-1], flush=True)
             del model, store, programs
     write_results("gpu_prefill", layers=args.layers, matmul_rate=rate, rows=rows)

@@ -22,23 +22,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import write_results
 from prefill import matmul_rate
 
-from readme_jax.config import ExpertStage, Mesh, MixtureConfig, Model, ModelConfig, Tuning
+from readme_jax.checkpoints.known import shape_of
+from readme_jax.config import ExpertStage, Mesh, MixtureConfig, Model, Tuning
 from readme_jax.models.runtime import runtime_for
+from readme_jax.models.sizes import TRAINING, forward_flops
 from readme_jax.parallel.mesh import make_mesh, put_batch
 from readme_jax.tuning.routes import DomainRoutes
 from readme_jax.tuning.step import build_expert_step
 
-SMOLLM2 = ModelConfig(
-    vocab_size=49152,
-    embed_dim=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    ffn_dim=1536,
-    rope_theta=1e5,
-    tie_embeddings=True,
-)
+SMOLLM2 = shape_of("smollm2-135m")
 CASES = {"dense": None, "dense_slice": MixtureConfig(1, 768), "seven": MixtureConfig(7, 768)}
 
 
@@ -73,14 +65,6 @@ def tokens_per_second(mixture: MixtureConfig | None, batch: int, length: int, st
     return batch * length * steps / took
 
 
-def flops_per_token(length: int, width: int) -> float:
-    """6 an active weight (the head's matrix included), and causal attention."""
-    c = SMOLLM2
-    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    weights = c.num_layers * c.embed_dim * (2 * heads + 2 * kv + 3 * width) + c.vocab_size * c.embed_dim
-    return 6.0 * weights + 6.0 * c.num_layers * heads * length
-
-
 def main() -> None:
     """Measure and write results/gpu_training.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,7 +76,11 @@ def main() -> None:
     for case, mixture in CASES.items():
         speed = tokens_per_second(mixture, args.batch, args.length, args.steps)
         width = mixture.expert if mixture else SMOLLM2.ffn_dim
-        row = {"case": case, "tokens_per_s": speed, "mfu": speed * flops_per_token(args.length, width) / peak}
+        row = {
+            "case": case,
+            "tokens_per_s": speed,
+            "mfu": speed * TRAINING * forward_flops(SMOLLM2, width, args.length) / peak,
+        }
         rows.append(row)
         print(row, flush=True)
     slice_speed = next(row["tokens_per_s"] for row in rows if row["case"] == "dense_slice")

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from readme_jax.errors import ConfigError
-from readme_jax.models import grouped_gpu
 
 Backend = Literal["blocks", "kernel", "gmm", "ragged", "masked"]
 Array = jax.Array
@@ -128,8 +127,10 @@ def _weighted(pairs: Array, plan: RoutePlan) -> Array:
 
 
 def _kernel(x: Array, plan: RoutePlan, experts: list[Expert]) -> Array:
-    tiles, interpret = grouped_gpu.tiles_for(plan.slots.shape[0]), jax.default_backend() == "cpu"
-    return grouped_gpu.grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles, interpret)
+    from readme_jax.models.grouped_gpu import grouped_swiglu, tiles_for  # its kernels are needed on a GPU alone
+
+    tiles, interpret = tiles_for(plan.slots.shape[0]), jax.default_backend() == "cpu"
+    return grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles, interpret)
 
 
 def _covered(rows: Array, plan: RoutePlan, some: bool) -> Array:

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 import readme_jax
 
 SCRIPT = Path(__file__).with_name("multihost_run.py")
-WORDS = {"code": "def return if else for in", "news": "rain sun wind on monday", "verse": "and lo the king spoke"}
 STEPS = 12  # router 1-4, experts 5-12; a checkpoint every third step
 GIN = """
 Run.output = '{output}'
@@ -45,18 +44,6 @@ Tuning.checkpoint_every = 3
 Cluster.start_timeout = 60
 Cluster.heartbeat_timeout = 20
 """
-
-
-def write_files(folder: Path, dense: Any, save_dense: Any) -> None:
-    """The dense model and the text that every run of a test starts from."""
-    save_dense(folder / "dense", dense)
-    rng = np.random.default_rng(0)
-    for domain, words in WORDS.items():
-        for split, documents in (("train", 40), ("validation", 10)):
-            path = folder / "text" / domain / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            texts = [" ".join(rng.choice(words.split(), 20)) for _ in range(documents)]
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def free_port() -> int:

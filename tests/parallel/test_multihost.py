@@ -5,24 +5,11 @@ With test_multihost_failures.py, `make multihost`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import jax
 import numpy as np
 import pytest
-from multihost import STEPS, Job, largest_difference, write_files
-
-from readme_jax.checkpoints.hf import Dense, save_dense
+from multihost import STEPS, Job, largest_difference
 
 pytestmark = pytest.mark.multihost
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("multihost")
-    dense = tiny_model("dense", tiny_tokenizer)
-    write_files(folder, Dense(dense.config, jax.tree.map(np.asarray, dense.params), tiny_tokenizer), save_dense)
-    return folder
 
 
 def test_two_processes_equal_one(folder):

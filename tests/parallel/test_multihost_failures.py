@@ -5,25 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from multihost import STEPS, Job, largest_difference, write_files
-
-from readme_jax.checkpoints.hf import Dense, save_dense
+from multihost import STEPS, Job, largest_difference
 
 pytestmark = pytest.mark.multihost
 STOPPED = 128 + signal.SIGTERM
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("multihost")
-    dense = tiny_model("dense", tiny_tokenizer)
-    write_files(folder, Dense(dense.config, jax.tree.map(np.asarray, dense.params), tiny_tokenizer), save_dense)
-    return folder
 
 
 @pytest.fixture(scope="module")

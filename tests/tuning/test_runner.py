@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tiny_run import MODEL, dense_params
+from tiny_text import WORDS, write_text
 from tokenizers import decoders, models, pre_tokenizers
 
 from readme_jax import config, runner
@@ -19,8 +20,6 @@ from readme_jax.checkpoints.mixture import load_mixture
 from readme_jax.checkpoints.tokenizer import Tokenizer
 from readme_jax.errors import ConfigError
 from readme_jax.tuning.journal import read_metrics
-
-WORDS = {"code": "def return if else for in", "news": "rain sun wind on monday", "verse": "and lo the king spoke"}
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -37,13 +36,7 @@ def byte_tokenizer() -> Tokenizer:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Run:
     monkeypatch.setenv("READ_ME_CACHE", str(tmp_path / "cache"))
     save_dense(tmp_path / "dense", Dense(MODEL, jax.tree.map(np.asarray, dense_params()), byte_tokenizer()))
-    rng = np.random.default_rng(0)
-    for domain, words in WORDS.items():
-        for split, documents in (("train", 60), ("validation", 10)):
-            path = tmp_path / "text" / domain / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            texts = [" ".join(rng.choice(words.split(), 20)) for _ in range(documents)]
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_text(tmp_path / "text", train=60)
     return config.Run(
         output=str(tmp_path / "run"),
         model=config.Model(checkpoint=str(tmp_path / "dense")),
