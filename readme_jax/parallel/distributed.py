@@ -202,7 +202,7 @@ def connect(seat: Seat, cluster: Cluster) -> None:
             None if seat.local is None else [seat.local],
             cluster_detection_method="deactivate",
             initialization_timeout=cluster.start_timeout,
-            heartbeat_timeout_seconds=cluster.heartbeat_timeout,
+            heartbeat_timeout_seconds=2 * cluster.heartbeat_timeout,  # after `Watch`, which says why
             shutdown_timeout_seconds=cluster.heartbeat_timeout,
         )
     except RuntimeError as e:

@@ -101,20 +101,22 @@ class Watch:
             if "finished" in message:
                 return True
             if "failed" in message:
-                self._lost(process, f"failed: {message['failed']}")
+                self._lost(process, f"failed: {message['failed']}", said=True)
             if "lost" in message:
-                self._die(message["lost"], message["why"], message["host"])
+                self._die(message["lost"], message["why"], message["host"], message["said"])
         return False
 
-    def _lost(self, process: int, why: str) -> None:
+    def _lost(self, process: int, why: str, said: bool = False) -> None:
         host = self.lines[process][0]
         if not self.ending.is_set():
-            self._tell({"lost": process, "why": why, "host": host}, but=process)
-        self._die(process, why, host)
+            self._tell({"lost": process, "why": why, "host": host, "said": said}, but=process)
+        self._die(process, why, host, said)
 
-    def _die(self, process: int, why: str, host: str) -> None:
+    def _die(self, process: int, why: str, host: str, said: bool) -> None:
+        """End this process. One that `said` why it failed may not be alone: then the main thread has a while to say the
+        same of itself. Of a silent death there is nothing to add, and jax aborts where process 0 is the dead one."""
         self.dying.set()
-        if self.ending.wait(GRACE):
+        if self.ending.wait(GRACE if said else 0):
             return  # the main thread says what happened
         reason = f"{self.seat.name(process, host)} {why}"
         print(f"{self.seat.name(self.seat.process)} stops: {reason}", file=sys.stderr, flush=True)
