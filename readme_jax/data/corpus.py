@@ -106,7 +106,7 @@ class Corpus:
 
     def calibration(self, domain: str, tokens: int, batch: int, seed: int = 0) -> Iterator[np.ndarray]:
         """Training sequences of one domain, int32 [batch, T], each at most once, `tokens` in all."""
-        return calibration_batches(self.packed[domain], tokens, batch, seed, self._name(domain, "train"))
+        return calibration_batches(self.packed[domain], tokens, batch, seed, domain, self._name(domain, "train"))
 
     def validation(self, domain: str, window: int = 1024) -> np.ndarray:
         """The first `Data.validation_tokens` of a domain's validation text: int32 [n, window] without overlap."""

@@ -70,12 +70,15 @@ class Batches:
         return self._local[index]
 
 
-def calibration_batches(records: Path, tokens: int, batch: int, seed: int, name: str) -> Iterator[np.ndarray]:
+def calibration_batches(
+    records: Path, tokens: int, batch: int, seed: int, domain: str, name: str
+) -> Iterator[np.ndarray]:
     """Shuffled sequences of one domain, each at most once, int32 [batch, T]: at least `tokens`, in whole batches.
 
-    Raises DataError when the domain has too few.
+    The order depends on (seed, domain) alone; `name` names the text in errors. Raises DataError when the domain has too
+    few.
     """
-    sequences = _sequences(records, 0).shuffle(seed=derived_seed(seed, "calibration", name))
+    sequences = _sequences(records, 0).shuffle(seed=derived_seed(seed, "calibration", domain))
     length = len(sequences[0]["tokens"])
     steps = -(-tokens // (length * batch))
     if steps * batch > len(sequences):

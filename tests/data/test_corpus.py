@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,18 @@ def test_packed_sequences_hold_the_documents_in_order_joined_by_eos(folder: Path
         whole = len(stream) // 64
         np.testing.assert_array_equal(read_packed(corpus.packed[domain]).reshape(-1), stream[: whole * 64])
         assert corpus.train_tokens(domain) == whole * 64
+
+
+def test_what_is_read_does_not_depend_on_where_it_lies(folder: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere" / "corpus")
+    here, there = opened(folder), opened(elsewhere)
+    for domain in here.domains:
+        count = here.train_tokens(domain) // 64
+        mine, theirs = (np.concatenate(list(c.calibration(domain, 64 * count, 1))) for c in (here, there))
+        assert count > 1
+        np.testing.assert_array_equal(mine, theirs)
+    for i in range(3):
+        np.testing.assert_array_equal(*(c.batches("router", 4, 0)[i]["tokens"] for c in (here, there)))
 
 
 def test_documents_keep_file_order_and_characters(folder: Path) -> None:

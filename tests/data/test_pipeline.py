@@ -105,10 +105,10 @@ def test_batch_must_divide_over_processes(packed: dict[str, Path]) -> None:
 
 
 def test_calibration_reads_each_sequence_at_most_once(packed: dict[str, Path]) -> None:
-    batches = list(calibration_batches(packed["b"], 9 * LENGTH, 4, 0, "b"))
+    batches = list(calibration_batches(packed["b"], 9 * LENGTH, 4, 0, "b", "b"))
     assert [b.shape for b in batches] == [(4, LENGTH)] * 3  # 9 sequences fill 3 batches
     seen = [label for b in batches for label in labels(b)]
     assert sorted(seen) == [f"b{i:06d}" for i in range(12)]
     assert seen != sorted(seen)
     with pytest.raises(DataError, match="b has 12 training sequences of 8 tokens, fewer than the 16"):
-        calibration_batches(packed["b"], 13 * LENGTH, 4, 0, "b")
+        calibration_batches(packed["b"], 13 * LENGTH, 4, 0, "b", "b")
