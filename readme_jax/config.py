@@ -19,6 +19,7 @@ Score = Literal["mean_abs", "rmsw", "obs"]
 Refit = Literal["none", "one_shot", "sequential"]
 Objective = Literal["overlap", "released", "domain", "expert_loss"]
 Layout = Literal["unrolled", "scanned"]
+Remat = Literal["none", "dots", "full"]
 RouterKind = Literal["pregating", "tokenwise", "layerwise"]
 SchedulerName = Literal["decode_first", "prefill_first", "algorithm1", "lookahead"]
 PolicyName = Literal["belady", "lru", "random"]
@@ -155,8 +156,8 @@ class Model(Validated):
 
     checkpoint: str = ""  # a folder, a .gguf file, a hub id, or `smollm2-135m` (the embedded model)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    layout: Layout = "unrolled"  # unrolled: an array a layer and expert; scanned: stacked, with remat
-    remat: bool = False
+    layout: Layout = "unrolled"  # unrolled: an array a layer and expert; scanned: stacked
+    remat: Remat = "none"  # what the backward pass computes again: nothing, all but matmuls, all (models/remat.py)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Generator:
     def __init__(self, model: Dense | Mixture, runtime: Runtime | None = None, mesh: Any = None) -> None:
         """`mesh` defaults to the first device. Parameters are converted to the runtime's number format once."""
         runtime = runtime_for(config.Model()) if runtime is None else runtime
-        self.runtime = replace(runtime, layout="unrolled", remat=False)
+        self.runtime = replace(runtime, layout="unrolled", remat="none")
         self.mesh = make_mesh(config.Mesh(), jax.devices()[:1]) if mesh is None else mesh
         self.config, self.tokenizer = model.config, model.tokenizer
         mixture = model if isinstance(model, Mixture) else None

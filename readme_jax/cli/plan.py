@@ -66,7 +66,7 @@ def recommend(plans: list[Plan], console: Console) -> Plan:
     fitting = [p for p in plans if p.fits]
     if not fitting:
         raise ConfigError(
-            "no mesh of the sweep fits: raise ExpertStage.accumulate, set Model.remat = True, or rent more chips"
+            "no mesh of the sweep fits: raise ExpertStage.accumulate, set Model.remat = 'full', or rent more chips"
         )
     best = min(fitting, key=lambda p: p.chip_hours)
     lines = ", ".join(f"Mesh.{axis} = {size}" for axis, size in best.mesh.items())

@@ -18,6 +18,7 @@ from readme_jax.config import RopeScaling
 MASKED = -1e30  # finite: a row with nothing to attend to (padding) stays finite
 BLOCK = 128  # queries a static block, more where a sequence would have over MAX_BLOCKS
 MAX_BLOCKS = 16
+LANES = 128  # of a TPU: its kernels take lengths that are a multiple
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
@@ -70,7 +71,7 @@ def causal_attention(
     positions: jax.Array | None = None,
     window: int | None = None,
     divisor: float | None = None,
-    backend: Literal["blocks", "cudnn"] = "blocks",
+    backend: Literal["blocks", "cudnn", "splash"] = "blocks",
 ) -> jax.Array:
     """Causal self-attention of a whole sequence.
 
@@ -86,6 +87,10 @@ def causal_attention(
             q, k, v, scale=1 / divisor, is_causal=True, local_window_size=sliding, implementation="cudnn"
         )
     length, kv_heads = q.shape[1], k.shape[2]
+    if backend == "splash" and positions is None and length % LANES == 0:
+        from readme_jax.models import attention_tpu  # Pallas, only where a TPU needs it
+
+        return attention_tpu.causal_attention(q, k, v, window, divisor)
     group, block = q.shape[2] // kv_heads, max(BLOCK, -(-length // MAX_BLOCKS))
     q = rearrange(q, "b t (k g) h -> b k (t g) h", k=kv_heads)  # one axis of rows: two would be copied into one
     k, v = (rearrange(x, "b t k h -> b k t h") for x in (k, v))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from readme_jax.models.remat import kept
+
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., in] times w [out, in] -> [..., out].
@@ -20,7 +22,7 @@ def linear(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def activations(ffn: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
     """a = silu(x W_gate) * (x W_up), the input of W_down: what calibration measures. [..., D] -> [..., F]."""
-    return jax.nn.silu(linear(x, ffn["gate"])) * linear(x, ffn["up"])
+    return jax.nn.silu(kept(linear(x, ffn["gate"]))) * kept(linear(x, ffn["up"]))
 
 
 def feed_forward(ffn: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from readme_jax.models.remat import kept
+
 Array = jax.Array
 
 TILE_ROWS = 256  # few, as tiles at borders between experts are computed twice
@@ -35,7 +37,8 @@ def grouped_swiglu(rows: Array, sizes: Array, gate: Array, up: Array, down: Arra
     count = rows.shape[0]
     x = jnp.pad(rows, ((0, -count % tiles(count, rows.dtype)[0]), (0, 0)))
     groups = jnp.append(sizes, x.shape[0] - sizes.sum()).astype(jnp.int32)  # the last group has no weights
-    h = jax.nn.silu(_multiply(x, gate, groups, False, interpret)) * _multiply(x, up, groups, False, interpret)
+    wide, linear = (kept(_multiply(x, w, groups, False, interpret)) for w in (gate, up))
+    h = jax.nn.silu(wide) * linear
     return _multiply(h, down, groups, True, interpret)[:count]
 
 

@@ -21,6 +21,7 @@ from readme_jax.models import attention
 from readme_jax.models.experts import mixture_feed_forward
 from readme_jax.models.feed_forward import feed_forward, linear
 from readme_jax.models.layerwise import layer_plan
+from readme_jax.models.remat import kept, remat
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import RoutePlan
 from readme_jax.models.weights import Weights, block_table, frozen, outer_table
@@ -65,7 +66,7 @@ def attend(
     q, k, v = (rearrange(linear(y, p[n]), "b t (h d) -> b t h d", d=config.head_dim) for n in "qkv")
     q, k = (attention.rotate(z, ctx.rotary, ctx.freqs) for z in (q, k))
     q, k, v = (
-        constrain(z, "batch", "length", n, "head_dim")
+        kept(constrain(z, "batch", "length", n, "head_dim"))
         for z, n in zip((q, k, v), ("heads", "kv_heads", "kv_heads"), strict=True)
     )
     written = None
@@ -77,7 +78,7 @@ def attend(
         assert ctx.positions is not None
         written = attention.write_cache(ctx.cache, layer, k, v)
         out = attention.cached_attention(q, *written, ctx.positions, ctx.cache.slots, config.sliding_window)
-    return x + linear(rearrange(out, "b t h d -> b t (h d)"), p["o"]), written
+    return x + kept(linear(kept(rearrange(out, "b t h d -> b t (h d)")), p["o"])), written
 
 
 def run_block(
@@ -161,7 +162,7 @@ class Llama(nn.Module):
     def _scanned(self, x: jax.Array, channels: Params | None, ctx: Context) -> jax.Array:
         if ctx.cache is not None:
             raise ValueError("generation uses the unrolled layout: convert with models.layout.unroll")
-        block = nn.remat(Block, prevent_cse=False) if self.runtime.remat else Block
+        block = remat(Block, self.runtime.remat, scanned=True)
         scan = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -174,7 +175,7 @@ class Llama(nn.Module):
         return scan(self.config, self.mixture, self.runtime, name="layers")(x, per_layer, ctx)[0]
 
     def _unrolled(self, x: jax.Array, channels: Params | None, ctx: Context) -> tuple[jax.Array, Any]:
-        block = nn.remat(Block) if self.runtime.remat else Block
+        block = remat(Block, self.runtime.remat, scanned=False)
         written = []
         for i in range(self.config.num_layers):
             per_layer = None if channels is None else channels[f"layers_{i}"]

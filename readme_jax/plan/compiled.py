@@ -204,6 +204,6 @@ class TooLarge(ReadMeError):
         else:
             said = message.splitlines()[0]
         super().__init__(
-            f"the {stage} step does not fit a chip: {said}; raise ExpertStage.accumulate, set Model.remat = True, or "
+            f"the {stage} step does not fit a chip: {said}; raise ExpertStage.accumulate, set Model.remat = 'full', or "
             "spread weights further (Mesh.fsdp, Mesh.tensor)"
         )

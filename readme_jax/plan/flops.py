@@ -1,4 +1,4 @@
-"""FLOPs of matmuls in compiled HLO: dots, the convolutions that a TPU makes of them, and megablox by formula."""
+"""FLOPs of matmuls in compiled HLO: dots, the convolutions that a TPU makes of them, and Pallas kernels by formula."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from readme_jax.models import attention_tpu
 from readme_jax.models.grouped_tpu import tiles
 from readme_jax.plan.hlo import Instruction, Program, Shape
 
@@ -31,7 +32,7 @@ SKEWED = Rows()  # all rows to one expert: the device that has it computes all o
 
 @dataclass(frozen=True)
 class Flops:
-    """Matmul FLOPs of one device: what the step asks for, and what remat computes a second time."""
+    """Matmul FLOPs of one device: what the step asks for, and what its backward pass computes a second time."""
 
     once: float
     again: float
@@ -46,11 +47,18 @@ def count(program: Program, rows: Rows) -> Flops:
     once = again = 0.0
     for computation, i, times in program.each():
         flops = times * instruction_flops(i, program.shapes(computation, i), rows)
-        if "rematted_computation" in i.op_name:
-            again += flops
-        else:
-            once += flops
+        share = _again(i)
+        once += flops * (1 - share)
+        again += flops * share
     return Flops(once, again)
+
+
+def _again(i: Instruction) -> float:
+    """Share of an instruction's FLOPs that was computed before."""
+    if "rematted_computation" in i.op_name:
+        return 1.0
+    backward = i.name.startswith("splash_mha_dkv")
+    return attention_tpu.AGAIN / attention_tpu.BACKWARD if backward else 0.0
 
 
 def instruction_flops(i: Instruction, operands: list[Shape], rows: Rows) -> float:
@@ -62,8 +70,15 @@ def instruction_flops(i: Instruction, operands: list[Shape], rows: Rows) -> floa
     if i.opcode == "convolution":
         return _convolution(i, operands)
     if i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
-        return _grouped(i, operands, rows)
+        return _attention(i, operands) if i.name.startswith("splash_mha") else _grouped(i, operands, rows)
     return 0.0
+
+
+def _attention(i: Instruction, operands: list[Shape]) -> float:
+    """A splash kernel, on queries [B, H, T, h], its first operand of four dimensions: matmuls of its blocks."""
+    batch, heads, length, width = next(s.dims for s in operands if len(s.dims) == 4)
+    matmuls = attention_tpu.FORWARD if i.name.startswith("splash_mha_fwd") else attention_tpu.BACKWARD
+    return 2.0 * matmuls * batch * heads * attention_tpu.computed(length) * width
 
 
 def _grouped(i: Instruction, operands: list[Shape], rows: Rows) -> float:

@@ -91,7 +91,7 @@ def _lines(stages: list[StagePlan]) -> list[tuple[str, list[str]]]:
         ("TFLOP wanted", [f"{s.wanted / 1e12:.2f}" for s in stages]),
         ("TFLOP compiled, even routes", [f"{s.even.once / 1e12:.2f} ({s.over_active:.3f}x)" for s in stages]),
         ("TFLOP compiled, all routes one", [f"{s.skewed.once / 1e12:.2f}" for s in stages]),
-        ("TFLOP recomputed by remat", [f"{s.even.again / 1e12:.2f}" for s in stages]),
+        ("TFLOP computed again", [f"{s.even.again / 1e12:.2f}" for s in stages]),
         *((f"moved, {kind}", [_gb(s.moved.get(kind, 0.0)) for s in stages]) for kind in kinds),
         ("arithmetic", [f"{s.compute_s:.3f} s" for s in stages]),
         ("HBM traffic", [f"{s.hbm_s:.3f} s" for s in stages]),

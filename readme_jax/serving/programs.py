@@ -88,7 +88,7 @@ class Programs:
             model.config,
             mixture.mixture if mixture else None,
             mixture.router_config if mixture else None,
-            replace(runtime, layout="unrolled", remat=False),
+            replace(runtime, layout="unrolled", remat="none"),
             limits.length,
         )
         self.device = self.mesh.devices.item()

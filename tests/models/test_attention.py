@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from readme_jax.config import RopeScaling
-from readme_jax.models import attention
+from readme_jax.models import attention, attention_tpu
 
 
 def plain_attention(q, k, v, positions, window, divisor):
@@ -53,6 +55,20 @@ def padded_positions(kind, batch, length):
         elif kind == "middle":
             valid[b, 3 : 3 + pad] = False
     return np.where(valid, valid.cumsum(1) - 1, -1).astype(np.int32)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_splash_kernels_equal_blocks_in_value_and_gradient(monkeypatch, window):
+    """Several blocks, some of which no query sees; grouped heads."""
+    monkeypatch.setattr(attention_tpu, "BLOCK", 128)
+    inputs = [jnp.asarray(x) for x in qkv(0, 2, 384, width=16)]
+    direction = jnp.asarray(qkv(1, 2, 384, width=16)[0])
+    splash = partial(attention_tpu.causal_attention, window=window, divisor=3.0, interpret=True)
+    blocks = partial(attention.causal_attention, window=window, divisor=3.0)
+    (got, pull), (want, pull_want) = (jax.vjp(jax.jit(f), *inputs) for f in (splash, blocks))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for a, b in zip(pull(direction), pull_want(direction), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 12])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from readme_jax.config import MixtureConfig, Model
+from readme_jax.config import MixtureConfig, Model, Remat
 from readme_jax.models import attention
 from readme_jax.models.experts import plan_batch
 from readme_jax.models.layout import scan, to_layout, unroll
@@ -76,7 +77,7 @@ def test_layouts_and_remat_agree_in_value_and_gradient(tiny, random_params, mixt
         return jax.jit(jax.value_and_grad(loss))(params)
 
     want, want_grads = value_and_grad(Runtime(), params)
-    for runtime in (Runtime(remat=True), Runtime(layout="scanned", remat=True)):
+    for runtime in (Runtime(remat="full"), *(Runtime(layout="scanned", remat=policy) for policy in get_args(Remat))):
         value, grads = value_and_grad(runtime, to_layout(params, runtime.layout))
         np.testing.assert_allclose(value, want, rtol=1e-5)
         jax.tree.map(
@@ -132,6 +133,6 @@ def test_bfloat16_compute_leaves_parameters_and_gradients_in_float32(tiny, rando
 def test_runtime_of_each_platform():
     assert runtime_for(Model(), "cpu") == Runtime()
     assert runtime_for(Model(compute_dtype="bfloat16"), "tpu").segments == "gmm"
-    low = runtime_for(Model(compute_dtype="bfloat16", layout="scanned", remat=True), "gpu")
-    assert (low.attention, low.layout, low.remat, low.dtype) == ("cudnn", "scanned", True, jnp.bfloat16)
+    low = runtime_for(Model(compute_dtype="bfloat16", layout="scanned", remat="dots"), "gpu")
+    assert (low.attention, low.layout, low.remat, low.dtype) == ("cudnn", "scanned", "dots", jnp.bfloat16)
     assert runtime_for(Model(), "gpu").attention == "blocks"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tuning"))
 import tiny_run  # noqa: E402
 
 ABSTRACT = AbstractMesh((2, 2, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-TPU = runtime_for(config.Model(compute_dtype="bfloat16", layout="scanned", remat=True), "tpu")
+TPU = runtime_for(config.Model(compute_dtype="bfloat16", layout="scanned", remat="dots"), "tpu")
 RUN = replace(tiny_run.RUN, expert_stage=replace(tiny_run.RUN.expert_stage, accumulate=1))
 
 

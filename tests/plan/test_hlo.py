@@ -119,7 +119,7 @@ def test_convolutions_that_stand_for_matmuls():
 
 
 def kernel(name, operands, out, rows):
-    i = hlo.Instruction("k", "custom-call", [hlo.Shape("bf16", out)], [], "", False)
+    i = hlo.Instruction(name, "custom-call", [hlo.Shape("bf16", out)], [], "", False)
     i.attributes = f', custom_call_target="tpu_custom_call", metadata={{op_name="jit({name})/pallas_call"}}'
     return flops.instruction_flops(i, [hlo.Shape("s32", (8,)), *(hlo.Shape("bf16", o) for o in operands)], rows)
 
@@ -132,6 +132,10 @@ def test_grouped_kernels_by_formula():
         assert kernel(*each, flops.SKEWED) == plain
         assert kernel(*each, flops.even(7)) == plain * (2048 + 6 * 256) / 2048
         assert kernel(*each, flops.even(7, ways=2)) == plain * (1024 + 3 * 256) / 2048
+    wide = (2, 4, 1024, 128)
+    attention = {name: 2 * 2 * 4 * 3 * 512**2 * 128 * matmuls for name, matmuls in (("fwd", 2), ("dkv", 5))}
+    for name, want in attention.items():
+        assert kernel(f"splash_mha_{name}_residuals.1", (wide,) * 3, wide, flops.SKEWED) == want
     with pytest.raises(ValueError, match="without a formula"):
         kernel("other", ((2048, 512), (7, 1024, 512)), (2048, 1024), flops.SKEWED)
 

@@ -57,7 +57,7 @@ def test_too_large_says_by_how_much():
 def test_a_plan_of_a_small_model():
     model = ModelConfig(1024, 512, 4, 4, 4, 128, 2048)
     run = config.Run(
-        model=config.Model(compute_dtype="bfloat16", layout="scanned", remat=True),
+        model=config.Model(compute_dtype="bfloat16", layout="scanned", remat="full"),
         data=config.Data(sequence_length=512),
         slice=config.Slice(align=128),
         router_stage=config.RouterStage(steps=2, batch=8),

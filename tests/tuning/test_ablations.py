@@ -30,7 +30,7 @@ SHAPE = replace(MODEL, num_layers=1, ffn_dim=32)
 TINY = [
     "Model.layout = 'unrolled'",
     "Model.compute_dtype = 'float32'",
-    "Model.remat = False",
+    "Model.remat = 'none'",
     "Data.sequence_length = 16",
     "Data.validation_tokens = 64",
     "Slice.calibration_tokens = 64",
