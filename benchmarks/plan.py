@@ -1,15 +1,17 @@
 """Plans of the 7B recipes on TPU pods: results/plan_MODEL.json and docs/plans/MODEL.txt.
 
-    python benchmarks/plan.py llama2_7b v5p:4x4x4=2,32,1,1 v5e:16x16=2,32,1,4 v6e:8x8=2,32,1,1
+    python benchmarks/plan.py llama2_7b v5p:4x4x4=2,32,1,1 v5p:4x4x4=2,32,1,1,full v6e:8x8=2,32,1,1 v5e:16x16=2,32,1,4
 
-Each argument after the model is a topology and its mesh (data, fsdp, expert, tensor). Run it where the extra [plan] is
-installed: `pip install -e .[plan]` in an environment of its own. A topology is kept as soon as it is planned.
+Each argument after the model is a topology and its mesh (data, fsdp, expert, tensor), and where it is not the recipe's
+the remat policy. Run it where the extra [plan] is installed: `pip install -e .[plan]` in an environment of its own. A
+topology is kept as soon as it is planned.
 """
 
 from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,14 @@ def main(name: str, *places: str) -> None:
     rows: list[dict[str, Any]] = []
     for place in places:
         where, sizes = place.split("=")
-        mesh = config.Mesh(*(int(n) for n in sizes.split(",")))
+        *axes, remat = [*sizes.split(","), run.model.remat][:5]
+        mesh = config.Mesh(*(int(n) for n in axes))
+        this = replace(run, model=replace(run.model, remat=remat))
         try:
-            plan = Planner(run, check_model(run), DOMAINS, topology(where)).plan(mesh)
+            plan = Planner(this, check_model(run), DOMAINS, topology(where)).plan(mesh)
         except TooLarge as e:
             console.print(f"{where}, mesh {sizes}: {e}\n", markup=False)
-            rows.append({"topology": where, "mesh": sizes, "fits": False, "why": str(e)})
+            rows.append({"topology": where, "mesh": sizes, "remat": remat, "fits": False, "why": str(e)})
         else:
             show(plan, console)
             console.print()

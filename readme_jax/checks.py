@@ -14,7 +14,7 @@ from readme_jax.errors import ConfigError
 from readme_jax.parallel.mesh import BATCH_AXES, axis_sizes
 
 
-def check_run(run: config.Run, devices: int, processes: int = 1) -> None:
+def check_run(run: config.Run, devices: int) -> None:
     """Raises ConfigError when the mesh does not match `devices` or a batch does not divide over them, DataError when
     files of the text are missing, each named."""
     sizes = axis_sizes(run.mesh, devices)
@@ -35,8 +35,6 @@ def check_run(run: config.Run, devices: int, processes: int = 1) -> None:
                 f"{name}.batch = {batch}{each} does not divide over {' x '.join(axes)} = {ways} devices: change "
                 "the batch, accumulate or the Mesh axes"
             )
-        if batch % processes:
-            raise ConfigError(f"{name}.batch = {batch} does not divide over {processes} processes: change it")
     check_text(run.data)
 
 

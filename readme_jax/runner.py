@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from readme_jax import config
-from readme_jax.checkpoints.hf import Dense, load_dense
+from readme_jax.checkpoints.hf import Dense, open_dense
 from readme_jax.checkpoints.mixture import Mixture, save_mixture
 from readme_jax.checkpoints.store import Store
 from readme_jax.checks import check_run
@@ -26,6 +26,7 @@ from readme_jax.evaluation.matrix import expert_matrix
 from readme_jax.evaluation.perplexity import Evaluator, Losses, geometric_mean, perplexities
 from readme_jax.evaluation.usage import repeat_rate, usage
 from readme_jax.files import write_text
+from readme_jax.loading import dense_on_mesh
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.runtime import Runtime, runtime_for
@@ -42,7 +43,7 @@ from readme_jax.tuning.journal import Journal, NoJournal
 from readme_jax.tuning.rounds import Parts, Progress, Tuner
 from readme_jax.tuning.routes import DomainRoutes, LayerwiseRoutes, RouterRoutes, routes_of
 from readme_jax.tuning.schedule import STAGES, Position, Stage, check_same, schedule_of
-from readme_jax.tuning.step import backbone_table, place, shard_table
+from readme_jax.tuning.step import place, shard_table
 
 WINDOW = 1024  # tokens of a validation window, or the sequence length where that is shorter
 CURVE_WINDOWS = 2  # a domain, for the curves during tuning
@@ -80,7 +81,7 @@ def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
     (a SystemExit) once a run that got SIGINT or SIGTERM has saved itself. Of several processes (parallel/job.py) the
     first writes; `<output>` is a folder that all of them see.
     """
-    check_run(run, len(jax.devices()), jax.process_count())
+    check_run(run, len(jax.devices()))
     began, output = time.monotonic(), Path(run.output)
     if not resume and lead():
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
@@ -118,16 +119,14 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 def prepare(run: config.Run, output: Path, mesh: Any, store: Store, began: float) -> Setting:
     """The dense model on the mesh and the text."""
-    loaded = load_dense(run.model.checkpoint)
-    if loaded.tokenizer is None:
+    opened = open_dense(run.model.checkpoint)
+    if opened.tokenizer is None:
         raise CheckpointError(f"{run.model.checkpoint}: no tokenizer; put its tokenizer.json beside the weights")
-    corpus = open_corpus(run.data, loaded.tokenizer)
+    corpus = open_corpus(run.data, opened.tokenizer)
     window = min(WINDOW, run.data.sequence_length)
     validation = {domain: corpus.validation(domain, window) for domain in corpus.domains}
     runtime = runtime_for(run.model)
-    shardings = shard_table(backbone_table(loaded.config, None, runtime.layout), mesh)
-    params = jax.tree.map(put, to_layout(loaded.params, runtime.layout), shardings)
-    dense = Dense(loaded.config, params, loaded.tokenizer)
+    dense = dense_on_mesh(opened, runtime.layout, mesh)
     return Setting(run, output, mesh, runtime, dense, corpus, validation, store, began)
 
 
@@ -135,10 +134,8 @@ def slice_dense(s: Setting) -> dict[str, Any]:
     """Slice the dense model, start the router, and save both as the checkpoint of step 0; returns its meta."""
     run, settings = s.run, s.run.slice
     calibration = calibration_text(s)
-    sliced = start(run, s.dense, calibration, s.runtime)
-    table = backbone_table(s.dense.config, sliced.mixture, s.runtime.layout)
-    backbone = place(to_layout(sliced.params, s.runtime.layout), shard_table(table, s.mesh))
-    router = place(sliced.router, shard_table(router_table(sliced.router_config), s.mesh))
+    sliced = start(run, s.dense, calibration, s.runtime, s.mesh)
+    backbone, router = sliced.params, place(sliced.router, shard_table(router_table(sliced.router_config), s.mesh))
     channels = on_mesh(to_layout(sliced.channels, s.runtime.layout), s.mesh)
     untuned = Evaluator(s.dense.config, sliced.mixture, s.runtime, s.mesh)
     routes = DomainRoutes(sliced.mixture.num_experts, sliced.mixture.top_k)

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from readme_jax import config
-from readme_jax.checkpoints.hf import Dense, load_dense
-from readme_jax.checkpoints.mixture import Mixture, load_mixture, save_mixture
+from readme_jax.checkpoints.hf import Dense, open_dense
+from readme_jax.checkpoints.mixture import Mixture, open_mixture, save_mixture
 from readme_jax.config import MixtureConfig, RouterConfig
+from readme_jax.loading import dense_on_mesh, load_on_mesh
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.router import config_for, start_router
@@ -27,13 +28,14 @@ from readme_jax.parallel.mesh import make_mesh
 from readme_jax.parallel.placing import wait_for_all
 from readme_jax.progress import meter
 from readme_jax.refactor.convert import convert
+from readme_jax.tuning.step import backbone_table, place, shard_table
 
 SLICES = "slices"  # folder of an uncommitted start, inside the run's own
 LOOK = 0.5  # seconds between looks at whether it is there
 
 
 class Start(NamedTuple):
-    """An untuned mixture and its router, unrolled; facts of its slices."""
+    """An untuned mixture, its parameters on the run's mesh in the runtime's layout; its router; facts of its slices."""
 
     mixture: MixtureConfig
     params: Mapping[str, Any]
@@ -43,29 +45,36 @@ class Start(NamedTuple):
     facts: dict[str, Any]
 
 
-def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], runtime: Runtime) -> Start:
+def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], runtime: Runtime, mesh: Any) -> Start:
     """Cut the mixture and start the router. `dense` is on the run's mesh, under which this runs; calibration tokens
-    [n, T] are of each domain. With several processes the result is host arrays, equal in all."""
+    [n, T] are of each domain.
+
+    Of several processes the first cuts on its own devices, onto which it reads the dense model anew, and the others
+    read their parts of the result.
+    """
     if jax.process_count() == 1:
-        return _cut(run, dense, calibration, runtime)
+        cut = _cut(run, dense, calibration, runtime)
+        shardings = shard_table(backbone_table(dense.config, cut.mixture, runtime.layout), mesh)
+        return cut._replace(params=place(to_layout(cut.params, runtime.layout), shardings))
     folder = Path(run.output) / SLICES
     if lead():
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died before its first checkpoint
     wait_for_all("slices removed")
     if lead():
         alone = make_mesh(config.Mesh(), jax.local_devices())
-        loaded = load_dense(run.model.checkpoint)
         with jax.set_mesh(alone):
-            cut = _cut(run, Dense(loaded.config, jax.device_put(loaded.params), None), calibration, runtime)
+            own = dense_on_mesh(open_dense(run.model.checkpoint), "unrolled", alone)
+            cut = _cut(run, own, calibration, runtime)
         params, channels, router = (jax.tree.map(np.asarray, dict(t)) for t in (cut.params, cut.channels, cut.router))
         about = {"facts": cut.facts}
         saved = (dense.config, cut.mixture, params, channels, cut.router_config, router, dense.tokenizer, about)
         save_mixture(folder, Mixture(*saved))
     while not folder.is_dir():  # a barrier would time out: cutting takes minutes; the watch sees the first one die
         time.sleep(LOOK)
-    back = load_mixture(folder)
+    back, backbone = open_mixture(folder)
     assert back.router is not None and back.router_config is not None
-    return Start(back.mixture, back.params, back.channels, back.router_config, back.router, back.meta["facts"])
+    params = load_on_mesh(backbone, backbone_table(dense.config, back.mixture, runtime.layout), mesh)
+    return Start(back.mixture, params, back.channels, back.router_config, back.router, back.meta["facts"])
 
 
 def forget(run: config.Run) -> None:

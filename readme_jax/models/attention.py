@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from readme_jax.config import RopeScaling
+from readme_jax.models.remat import kept
 
 MASKED = -1e30  # finite: a row with nothing to attend to (padding) stays finite
 BLOCK = 128  # queries a static block, more where a sequence would have over MAX_BLOCKS
@@ -104,7 +105,7 @@ def causal_attention(
             mask = visible(positions[:, start:stop, None], positions[:, None, first:stop], window)
         rows = q[:, :, start * group : stop * group]
         blocks.append(_attend(rows, k[:, :, first:stop], v[:, :, first:stop], mask, divisor))
-    return rearrange(jnp.concatenate(blocks, axis=2), "b k (t g) h -> b t (k g) h", g=group)
+    return kept(rearrange(jnp.concatenate(blocks, axis=2), "b k (t g) h -> b t (k g) h", g=group))
 
 
 @jax.tree_util.register_dataclass

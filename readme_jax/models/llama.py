@@ -78,7 +78,7 @@ def attend(
         assert ctx.positions is not None
         written = attention.write_cache(ctx.cache, layer, k, v)
         out = attention.cached_attention(q, *written, ctx.positions, ctx.cache.slots, config.sliding_window)
-    return x + kept(linear(kept(rearrange(out, "b t h d -> b t (h d)")), p["o"])), written
+    return x + kept(linear(rearrange(out, "b t h d -> b t (h d)"), p["o"])), written
 
 
 def run_block(

@@ -58,10 +58,18 @@ def put(x: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
     """
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(lambda y: jnp.array(y, dtype, copy=True), out_shardings=sharding)(x)
-    if sharding.is_fully_addressable:
-        return jax.device_put(jnp.array(x, dtype, copy=True), sharding)
+    if isinstance(x, jax.Array) and sharding.is_fully_addressable:
+        return jax.device_put(x.astype(dtype or x.dtype), sharding, may_alias=False)
     whole = np.asarray(x)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: np.array(whole[index], dtype, copy=True))
+    return read_parts(whole, whole.shape, sharding, dtype or whole.dtype)
+
+
+def read_parts(source: Any, shape: tuple[int, ...], sharding: NamedSharding, dtype: Any) -> jax.Array:
+    """An array on a mesh from a source that gives parts of it by index: each process asks for what its devices keep.
+
+    It shares no memory with the source.
+    """
+    return jax.make_array_from_callback(shape, sharding, lambda index: np.array(source[index], dtype))
 
 
 def fetch(x: Any) -> np.ndarray:

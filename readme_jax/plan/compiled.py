@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held
 }
+LANES = 128  # a TPU lays arrays out in rows of 128: narrower parts of a weight are gathered by an all-reduce instead
 _TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -89,10 +90,18 @@ class Plan:
 
     topology: Topology
     mesh: dict[str, int]
+    remat: config.Remat
     stages: dict[Stage, StagePlan]
-    mfu: float  # of the expert stage: wanted FLOPs at peak over the roofline's time
+    mfu: float  # of the expert stage: wanted FLOPs at peak over arithmetic and then the links
+    mfu_hbm: float  # the same over the step's time, where HBM traffic may take longer than arithmetic
     chip_hours: float  # of all steps; calibration and evaluation are not counted
     layer_experts: float  # bytes of one layer's experts in the compute format
+    width: int  # of the model
+
+    @property
+    def narrow(self) -> bool:
+        """Whether parts of a weight are narrower than a TPU's rows of 128."""
+        return self.width < LANES * self.mesh["fsdp"] * self.mesh["expert"]
 
     @property
     def fits(self) -> bool:
@@ -143,11 +152,12 @@ class Planner:
         stages = {stage: self._stage(stage, mesh) for stage in STAGES if schedule.steps(stage)}
         seconds = schedule.rounds * sum(schedule.steps(name) * s.seconds for name, s in stages.items())
         experts = stages.get("experts")
-        mfu = experts.wanted / (experts.seconds * self.topology.chip.flops) if experts else 0.0
+        times = (experts.compute_s + experts.links_s, experts.seconds) if experts else ()
+        mfu, mfu_hbm = [experts.wanted / (t * self.topology.chip.flops) for t in times] if experts else (0.0, 0.0)
         mixture = self.shapes.mixture
         layer = mixture.num_experts * 3 * self.model.embed_dim * mixture.expert * self.shapes.runtime.dtype.itemsize
         hours = seconds * len(self.devices) / 3600
-        return Plan(self.topology, dict(mesh.shape), stages, mfu, hours, layer)
+        return Plan(self.topology, dict(mesh.shape), self.run.model.remat, stages, mfu, mfu_hbm, hours, layer, self.model.embed_dim)
 
     def _stage(self, stage: Stage, mesh: Any) -> StagePlan:
         chip, ways = self.topology.chip, mesh.shape["expert"]

@@ -75,10 +75,10 @@ def instruction_flops(i: Instruction, operands: list[Shape], rows: Rows) -> floa
 
 
 def _attention(i: Instruction, operands: list[Shape]) -> float:
-    """A splash kernel, on queries [B, H, T, h], its first operand of four dimensions: matmuls of its blocks."""
-    batch, heads, length, width = next(s.dims for s in operands if len(s.dims) == 4)
+    """A splash kernel: matmuls of its blocks. Its first operand of floats is the queries, [H, T, h] or [B, H, T, h]."""
+    *each, length, width = next(s.dims for s in operands if s.dtype in ("bf16", "f32"))
     matmuls = attention_tpu.FORWARD if i.name.startswith("splash_mha_fwd") else attention_tpu.BACKWARD
-    return 2.0 * matmuls * batch * heads * attention_tpu.computed(length) * width
+    return 2.0 * matmuls * prod(each) * attention_tpu.computed(length) * width
 
 
 def _grouped(i: Instruction, operands: list[Shape], rows: Rows) -> float:

@@ -24,6 +24,7 @@ _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+_METADATA = re.compile(r"(kernel_metadata=\{)\n[^\n]*\n(\}\})")  # of a kernel: JSON on a line of its own
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -185,7 +186,7 @@ def parse(text: str) -> Program:
     computations: dict[str, dict[str, Instruction]] = {}
     current: dict[str, Instruction] | None = None
     entry = ""
-    for line in text.splitlines():
+    for line in _METADATA.sub(r"\1\2", text).splitlines():
         head = _HEAD.match(line) if line.endswith("{") else None
         if head:
             current = computations.setdefault(head[1], {})

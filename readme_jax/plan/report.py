@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from readme_jax.plan.compiled import Memory, Plan, StagePlan
+from readme_jax.plan.compiled import LANES, Memory, Plan, StagePlan
 
 
 def row(plan: Plan) -> dict[str, Any]:
@@ -16,11 +16,13 @@ def row(plan: Plan) -> dict[str, Any]:
     return {
         "topology": plan.topology.name,
         "mesh": plan.mesh,
+        "remat": plan.remat,
         "fits": plan.fits,
         "hbm_bytes": max(s.memory.bytes for s in stages.values()),
         "flops_over_active": stages["experts"].over_active if "experts" in stages else None,
         "router_over_dense": stages["router"].over_active if "router" in stages else None,
         "mfu": plan.mfu,
+        "mfu_hbm": plan.mfu_hbm,
         "chip_hours": plan.chip_hours,
         "largest_collective_over_layer": max(s.largest for s in stages.values()) / plan.layer_experts,
         "stages": {name: _stage(s) for name, s in stages.items()},
@@ -50,7 +52,8 @@ def mesh_name(mesh: dict[str, int]) -> str:
 def show(plan: Plan, console: Console) -> None:
     """Print one plan."""
     chip = plan.topology.chip
-    console.print(f"{plan.topology.name}, mesh {mesh_name(plan.mesh)}: {'fits' if plan.fits else 'DOES NOT FIT'}")
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    console.print(f"{plan.topology.name}, mesh {mesh_name(plan.mesh)}, remat {plan.remat}: {fits}")
     console.print(
         f"peaks a chip: {chip.flops / 1e12:g} TFLOP/s bf16, HBM {chip.hbm / 1e9:g} GB at {chip.hbm_rate / 1e9:g} GB/s, "
         f"links {' + '.join(f'{r / 1e9:g}' for r in plan.topology.rates)} GB/s"
@@ -63,14 +66,21 @@ def show(plan: Plan, console: Console) -> None:
     for label, cells in _lines(stages):
         table.add_row(label, *cells)
     console.print(table)
+    if plan.narrow:
+        ways = plan.mesh["fsdp"] * plan.mesh["expert"]
+        console.print(
+            f"warning: fsdp x expert = {ways} leaves each chip {plan.width // ways} of the model width, under {LANES}: "
+            "XLA makes gathers of all-reduces, at twice the traffic; give more of the mesh to data or tensor"
+        )
     unknown = sum(s.unknown for s in stages)
     if unknown:
         console.print(f"{unknown} loops of a length that data decide are counted once")
     largest = max(s.largest for s in stages) / plan.layer_experts
     console.print(f"largest collective: {largest:.2f} of one layer's experts ({plan.layer_experts / 1e9:.2f} GB)")
     console.print(
-        f"MFU of the expert stage on activated FLOPs {plan.mfu:.1%} (roofline: the longer of arithmetic and HBM, "
-        f"then the links, nothing of which overlaps); the recipe's steps take {plan.chip_hours:,.0f} chip-hours "
+        f"MFU of the expert stage on activated FLOPs {plan.mfu:.1%} (arithmetic, then the links, not overlapped), "
+        f"{plan.mfu_hbm:.1%} where HBM traffic may take longer than arithmetic; the recipe's steps take at the latter "
+        f"{plan.chip_hours:,.0f} chip-hours "
         f"({plan.chip_hours / _chips(plan):.1f} h), calibration and evaluation not counted"
     )
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from readme_jax import config
 from readme_jax.config import MixtureConfig, ModelConfig
+from readme_jax.plan.compiled import LANES
 
-LANES = 128  # a TPU lays arrays out in rows of 128: narrower parts of a weight are gathered by an all-reduce instead
 TENSOR, EXPERT = (1, 2, 4, 8), (1, 2, 4)
 
 

@@ -13,7 +13,9 @@ from readme_jax.plan.hlo import Instruction, Program, Shape
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
 _LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
@@ -78,14 +80,12 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     if found := _PAIRS.search(attributes):
         return [tuple(int(x) for x in pair.split(",")) for pair in re.findall(r"\{(\d+,\d+)\}", found[1])]
     if found := _IOTA.search(attributes):
-        shape, dims = ([int(x) for x in found[n].split(",")] for n in (1, 2))
-        ids = np.arange(prod(dims)).reshape(dims)
-        ids = ids.transpose([int(x) for x in found[3].split(",")]) if found[3] else ids
-        return [tuple(int(x) for x in row) for row in ids.reshape(shape)]
+        shape = [int(x) for x in found[1].split(",")]
+        return [tuple(int(x) for x in row) for row in _iota(found[2], found[3]).reshape(shape)]
     if found := _MESH.search(attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        over = re.findall(r"'([^']+)'", found[2])
-        ids = np.arange(prod(sizes.values())).reshape(list(sizes.values()))
+        over = re.findall(r"'([^']+)'", found[4])
+        ids = _iota(found[2] or str(prod(sizes.values())), found[3]).reshape(list(sizes.values()))
         names = list(sizes)
         order = [names.index(n) for n in names if n not in over] + [names.index(n) for n in over]
         rows = ids.transpose(order).reshape(-1, prod(sizes[n] for n in over))
@@ -93,6 +93,12 @@ def groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     if found := _LISTS.search(attributes):
         return [tuple(int(x) for x in g.split(",") if x) for g in re.findall(r"\{([\d,]*)\}", found[1])]
     return [tuple(range(devices))]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Partitions counted up in an array of `dims`, its axes then put in `order`."""
+    ids = np.arange(prod(int(x) for x in dims.split(","))).reshape([int(x) for x in dims.split(",")])
+    return ids.transpose([int(x) for x in order.split(",")]) if order else ids
 
 
 def seconds(each: Collective, coordinates: Sequence[tuple[int, ...]], rates: Sequence[float]) -> float:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -116,28 +115,6 @@ def test_sharded_index(tiny_llama: Callable[..., Any]) -> None:
     folder, model = tiny_llama(shard="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert_same_weights(load_dense(folder), model)
-
-
-def test_place_gets_every_tensor_as_soon_as_it_is_read(
-    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No tensor is read before the one before it was placed: peak memory is the model plus one tensor."""
-    folder, model = tiny_llama()
-    events: list[str] = []
-
-    def watched(path: Path) -> list[hf.Stored]:
-        return [hf.Stored(s.name, s.shape, lambda s=s: (events.append("read"), s.read())[1]) for s in original(path)]
-
-    def place(path: str, array: np.ndarray) -> jax.Array:
-        events.append("placed")
-        return jnp.asarray(array)
-
-    original = hf.open_safetensors
-    monkeypatch.setattr(hf, "open_safetensors", watched)
-    dense = load_dense(folder, place=place)
-    assert_same_weights(dense, model)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(dense.params))
-    assert events == ["read", "placed"] * len(flatten(dense.params))
 
 
 def test_known_buffers_are_ignored_and_a_tied_copy_is_dropped(

@@ -126,14 +126,14 @@ def test_random_model_equals_transformers(case, tmp_path):
     cls = transformers.MistralForCausalLM if case == "mistral" else transformers.LlamaForCausalLM
     theirs = cls(build()).eval()
     theirs.save_pretrained(tmp_path / "model")
-    ours = load_dense(tmp_path / "model", place=lambda _, x: jnp.asarray(x))
+    ours = load_dense(tmp_path / "model")
     assert ours.config == config
     tokens = np.random.default_rng(0).integers(0, 199, (2, 300))  # above a block, the window and the llama3 length
     check_parity(theirs, config, ours.params, tokens[:, :40], tokens)
 
 
 def test_smollm2_equals_transformers():
-    ours = load_dense("smollm2-135m", place=lambda _, x: jnp.asarray(x))
+    ours = load_dense("smollm2-135m")
     config = transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

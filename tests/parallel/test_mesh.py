@@ -20,6 +20,7 @@ from readme_jax.models.llama import Llama
 from readme_jax.models.runtime import Runtime
 from readme_jax.parallel import mesh as meshes
 from readme_jax.parallel.mesh import constrain, make_mesh, partition_spec, put_batch, sharding_for, tree_shardings
+from readme_jax.parallel.placing import WHOLE, Share, share_of
 
 
 @dataclasses.dataclass
@@ -92,6 +93,30 @@ def test_every_parameter_of_a_mixture_has_axes(layout):
         ways = math.prod(mesh.shape[a] for a in axes)
         assert ways == (8 if x.size >= 64 * 64 else 4), jax.tree_util.keystr(path)
         assert len(sharding.spec) == x.ndim
+
+
+class Held:
+    """A batch's sharding as one process sees it: its devices and the rows on each."""
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def addressable_devices_indices_map(self, shape):
+        return {i: (slice(*ends),) for i, ends in enumerate(self.rows)}
+
+
+@pytest.mark.parametrize(
+    "held,share",
+    [
+        (Held((2, 3), (3, 4)), Share(1, 3)),  # rows spread over all devices: 2 of 6 here
+        (Held((3, 6), (3, 6)), Share(1, 2)),  # `tensor` spans processes: others hold the same rows
+        (Held((None, None), (None, None)), WHOLE),  # `tensor` spans all
+        (Held((0, 1), (3, 4)), WHOLE),  # no one stretch
+        (Held((1, 2), (2, 3)), WHOLE),  # a stretch, but no whole number of them before it
+    ],
+)
+def test_the_rows_that_a_process_reads(held, share):
+    assert share_of(held, 6) == share
 
 
 def test_a_batch_must_divide_over_its_devices():

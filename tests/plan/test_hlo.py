@@ -59,6 +59,9 @@ TEXT = """HloModule m
   %i = s32[] get-tuple-element(%p), index=0
   %x = bf16[8,64]{1,0} get-tuple-element(%p), index=1
   %g = bf16[16,64]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %q = bf16[8,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="kernel"}
   %r = bf16[8,64]{1,0} reduce-scatter(%g), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
   ROOT %t = (s32[], bf16[8,64]{1,0}) tuple(%i, %r)
 }
@@ -87,6 +90,7 @@ def test_collectives_of_a_loop():
         ("replica_groups=[2,4]<=[8]", [(0, 1, 2, 3), (4, 5, 6, 7)]),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [(0, 4), (1, 5), (2, 6), (3, 7)]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [(0, 1, 2, 3), (4, 5, 6, 7)]),
         ("replica_groups={{0,2},{1,3}}", [(0, 2), (1, 3)]),
         ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
         ("replica_groups={}", [tuple(range(8))]),
