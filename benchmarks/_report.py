@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ def command() -> str:
     return shlex.join(["python", str(script), *sys.argv[1:]])
 
 
+@lru_cache
 def commit() -> str:
-    """The commit measured, marked when the tree has changes; READ_ME_COMMIT where there is no git history."""
+    """The commit measured, marked when the tree has changes before the first result is written; READ_ME_COMMIT where
+    there is no git history."""
     if "READ_ME_COMMIT" in os.environ:
         return os.environ["READ_ME_COMMIT"]
     try:

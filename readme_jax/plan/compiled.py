@@ -156,8 +156,8 @@ class Planner:
         mfu, mfu_hbm = [experts.wanted / (t * self.topology.chip.flops) for t in times] if experts else (0.0, 0.0)
         mixture = self.shapes.mixture
         layer = mixture.num_experts * 3 * self.model.embed_dim * mixture.expert * self.shapes.runtime.dtype.itemsize
-        hours = seconds * len(self.devices) / 3600
-        return Plan(self.topology, dict(mesh.shape), self.run.model.remat, stages, mfu, mfu_hbm, hours, layer, self.model.embed_dim)
+        hours, remat, width = seconds * len(self.devices) / 3600, self.run.model.remat, self.model.embed_dim
+        return Plan(self.topology, dict(mesh.shape), remat, stages, mfu, mfu_hbm, hours, layer, width)
 
     def _stage(self, stage: Stage, mesh: Any) -> StagePlan:
         chip, ways = self.topology.chip, mesh.shape["expert"]
