@@ -1,7 +1,7 @@
 """One decode step: the last token of each row through the backbone, the next one sampled and routed, in one program.
 
 Activations are feature-major, [D, B], times weights [out, in]: on CPU the fast form for few rows. Caches are read as
-they were and written last, in place, at an index that depends on the sampled tokens: else XLA copies them.
+they were and written last, in place, at an index that depends on what was read: else XLA copies them.
 
 # B rows, D model width, H heads, K kv heads, G query heads a kv head, h head width, S tokens a row, P experts present,
 # Kx experts a token, V vocabulary, R router width
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -244,6 +245,17 @@ def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) ->
     return x, _norm(x, scale, shape.config.norm_eps)
 
 
+class Flow(NamedTuple):
+    """What goes from layer to layer in a step: x [D, B], and y, that normalised for what comes next; the step, its plan
+    (None: a dense model), and which rows [B] are `missing` an expert."""
+
+    x: jax.Array
+    y: jax.Array
+    step: Step
+    plan: Plan | None
+    missing: jax.Array
+
+
 def decode_step(
     shape: Shape,
     weights: Weights,
@@ -257,6 +269,13 @@ def decode_step(
 
     active [B] bool, present [P] int32 names `experts`, which has an entry a layer (of none: a dense model).
     """
+    flow = begin(shape, weights, state, active, present)
+    layers, flow = run_layers(shape, weights, experts, state.layers, flow)
+    return finish(shape, weights, replace(state, layers=layers), flow, sampling)
+
+
+def begin(shape: Shape, weights: Weights, state: State, active: jax.Array, present: jax.Array) -> Flow:
+    """The rows' last tokens before the first layer, sorted by expert."""
     c, rows = shape.config, active.shape[0]
     positions = state.position[:rows]
     active = active & (positions < shape.length)
@@ -266,27 +285,48 @@ def decode_step(
     step = Step.at(positions, runs, attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
     x = weights.embed[state.token[:rows]].T
     y = _norm(x, weights.layers[0]["attn_norm"], c.norm_eps)
+    return Flow(x, y, step, plan, active & ~runs)
+
+
+def run_layers(
+    shape: Shape, weights: Weights, experts: Sequence[Sequence[Expert]], caches: Sequence[Cache], flow: Flow
+) -> tuple[tuple[Cache, ...], Flow]:
+    """The layers of `weights`, whose `caches` get the rows' keys and values; the last y is normalised as `final_norm`
+    says."""
+    x, y, step, plan, _ = flow
     following = [*(p["attn_norm"] for p in weights.layers[1:]), weights.final_norm]
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            delta, token = _attention(shape, p, y, state.layers[i], step)
+            delta, token = _attention(shape, p, y, caches[i], step)
             x, y = _add_norm(shape, x, delta, p["ffn_norm"])
         new.append(token)
         with jax.named_scope("feed_forward"):
             delta = _feed_forward(shape, weights.permanent[i], plan, experts[i], y)
             x, y = _add_norm(shape, x, delta, following[i])
+    positions = step.positions + after(y)
+    return _with(caches, new, jnp.arange(positions.shape[0]), positions, step.runs), flow._replace(x=x, y=y)
+
+
+def after(x: jax.Array) -> jax.Array:
+    """Zero, known once x [N, M] is: added to an index it orders writes after all reads that x needs."""
+    return jnp.minimum(jnp.argmax(x[0]).astype(jnp.int32), 0)
+
+
+def finish(shape: Shape, weights: Weights, state: State, flow: Flow, sampling: Samplings) -> tuple[State, Sampled]:
+    """Choose and route the rows' next tokens after the last layer."""
+    runs, positions = flow.step.runs, flow.step.positions + 1
     with jax.named_scope("sample"):
-        logits = (weights.head @ y).T.astype(jnp.float32)
-        chosen = choose_tokens(logits, sampling, positions + 1)
+        logits = (weights.head @ flow.y).T.astype(jnp.float32)
+        chosen = choose_tokens(logits, sampling, positions)
 
     def attend_router(left: Sequence[jax.Array], at: Step) -> tuple[jax.Array, Token | Cache]:
         assert shape.router is not None and state.router is not None
         return _self_attention(shape.runtime, left, state.router, at, divisor=shape.router.logit_divisor)
 
-    routed = route_next(shape, weights.router, chosen.tokens, jnp.where(runs, positions + 1, 0), runs, attend_router)
-    state = advance(state, jnp.arange(rows), runs, chosen.tokens, positions + 1, routed, new)
-    return state, Sampled(*chosen, routed.experts, active & ~runs)
+    routed = route_next(shape, weights.router, chosen.tokens, jnp.where(runs, positions, 0), runs, attend_router)
+    state = advance(state, jnp.arange(runs.shape[0]), runs, chosen.tokens, positions, routed)
+    return state, Sampled(*chosen, routed.experts, flow.missing)
 
 
 class Routed(NamedTuple):
@@ -332,22 +372,14 @@ def route_next(
 
 
 def advance(
-    state: State,
-    rows: jax.Array,
-    runs: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    routed: Routed,
-    new: Sequence[Token | Cache] = (),
+    state: State, rows: jax.Array, runs: jax.Array, tokens: jax.Array, positions: jax.Array, routed: Routed
 ) -> State:
     """The state with `rows` [B], where it `runs` [B], at the new tokens [B], which have `positions` [B], and their
-    routes; `new` are what the tokens before them leave in each layer.
+    routes.
 
-    Tokens and experts are never negative: adding the lesser of them and 0 to an index orders writes after all reads.
+    Experts are never negative: adding the lesser of them and 0 to an index orders writes after all reads.
     """
-    layers, router = state.layers, state.router
-    if new:
-        layers = _with(layers, new, rows, positions - 1 + jnp.minimum(tokens, 0), runs)
+    router = state.router
     if router is not None:
         assert routed.new is not None
         (router,) = _with([router], [routed.new], rows, positions + jnp.minimum(routed.experts[:, 0], 0), runs)
@@ -357,7 +389,7 @@ def advance(
         return old.at[rows].set(jnp.where(mask, values, old[rows]).astype(old.dtype))
 
     return State(
-        layers,
+        state.layers,
         router,
         update(state.token, tokens),
         update(state.position, positions),

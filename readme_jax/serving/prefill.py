@@ -32,6 +32,7 @@ from readme_jax.serving.decode import (
     Token,
     Weights,
     advance,
+    after,
     attend_columns,
     route_next,
 )
@@ -86,17 +87,29 @@ def prefill_chunk(
     sampling: Samplings,
 ) -> tuple[State, Sampled, Scores]:
     """Write the keys and values of a chunk; see `Programs.prefill`. Arrays of `Sampled` have one row."""
+    x = weights.embed[chunk.tokens]
+    layers, x = run_layers(shape, weights, experts, state.layers, chunk, present, x)
+    return finish(shape, weights, replace(state, layers=layers), chunk, sampling, x)
+
+
+def run_layers(
+    shape: Shape,
+    weights: Weights,
+    experts: Sequence[Sequence[Expert]],
+    caches: Sequence[Cache],
+    chunk: Chunk,
+    present: jax.Array,
+    x: jax.Array,
+) -> tuple[tuple[Cache, ...], jax.Array]:
+    """The layers of `weights` over x [C, D]; their `caches` get the chunk's keys and values."""
     c = shape.config
-    plan = None
-    if shape.mixture:
-        plan = _plan(chunk, present, weighted=shape.top_k > 1)
+    plan = _plan(chunk, present, weighted=shape.top_k > 1) if shape.mixture else None
     freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0])
-    x = weights.embed[chunk.tokens]
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            x, k, v = _attention(shape, p, x, state.layers[i], chunk, positions, freqs)
+            x, k, v = _attention(shape, p, x, caches[i], chunk, positions, freqs)
         new.append((k, v))
         with jax.named_scope("feed_forward"):
             y = rms_norm(x, p["ffn_norm"], c.norm_eps)
@@ -105,15 +118,11 @@ def prefill_chunk(
                 x = x + feed_forward(always._asdict(), y)
             if plan is not None:
                 x = x + grouped_ffn(y, plan, experts[i], shape.runtime.segments)
-    x = rms_norm(x, weights.final_norm, c.norm_eps)
-    state, sampled = _finish(shape, weights, state, chunk, sampling, x)
-    scores = jax.lax.cond(chunk.scored, lambda: _score(x, weights.head, chunk.targets), lambda: _unscored(x))
-    after = jnp.minimum(jnp.argmax(x[0]).astype(jnp.int32), 0)  # zero: this orders writes after reads
-    layers = tuple(
-        write_chunk(cache, k, v, chunk.row, chunk.start + after, chunk.count)
-        for cache, (k, v) in zip(state.layers, new, strict=True)
+    start = chunk.start + after(x)
+    written = (
+        write_chunk(cache, k, v, chunk.row, start, chunk.count) for cache, (k, v) in zip(caches, new, strict=True)
     )
-    return replace(state, layers=layers), sampled, scores
+    return tuple(written), x
 
 
 def _plan(chunk: Chunk, present: jax.Array, weighted: bool) -> RoutePlan:
@@ -183,13 +192,15 @@ def _row(row: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=0)
 
 
-def _finish(
+def finish(
     shape: Shape, weights: Weights, state: State, chunk: Chunk, sampling: Samplings, x: jax.Array
-) -> tuple[State, Sampled]:
-    """Choose and route the next token when the prompt ends here, and set the row's last token to it.
+) -> tuple[State, Sampled, Scores]:
+    """Choose and route the next token when the prompt ends here, set the row's last token to it, and score targets;
+    x [C, D] comes from the last layer.
 
-    Before that only the row's position is set, to the end of what is written.
+    Before the prompt's end only the row's position is set, to the end of what is written.
     """
+    x = rms_norm(x, weights.final_norm, shape.config.norm_eps)
     end = (chunk.start + chunk.count)[None]
 
     def attend_router(left: Sequence[jax.Array], step: Step) -> tuple[jax.Array, Token]:
@@ -208,7 +219,8 @@ def _finish(
     state = advance(state, chunk.row[None], chunk.last[None], chosen.tokens, end, routed)
     state = replace(state, position=state.position.at[chunk.row].set(end[0]))
     top = (chosen.top_tokens, chosen.top_logprobs)
-    return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool))
+    scores = jax.lax.cond(chunk.scored, lambda: _score(x, weights.head, chunk.targets), lambda: _unscored(x))
+    return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool)), scores
 
 
 def _score(x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
