@@ -1,6 +1,7 @@
 """A chunk of one row's prompt through the backbone; routing of a whole prompt on its arrival.
 
-Activations are token-major, [C, D]. The cache is read as it was and written last, in place (see `decode`).
+Activations are token-major, [C, D]. The cache is read as it was and written last, in place (see `decode`); with a
+GPU's kernel each layer's is written first, in place too, and read with the chunk in it.
 
 # C tokens of a chunk, D model width, H heads, K kv heads, G query heads a kv head, h head width, S tokens a row,
 # P experts present, Kx experts a token, V vocabulary
@@ -36,6 +37,7 @@ from readme_jax.serving.decode import (
     attend_columns,
     route_next,
 )
+from readme_jax.serving.prompt_kernel import attend_chunk
 from readme_jax.serving.sampling import TOP, Samplings, best, choose_tokens
 from readme_jax.serving.state import Cache, State, attend_cached, write_chunk
 
@@ -109,8 +111,8 @@ def run_layers(
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            x, k, v = _attention(shape, p, x, caches[i], chunk, positions, freqs)
-        new.append((k, v))
+            x, own = _attention(shape, p, x, caches[i], chunk, positions, freqs)
+        new.append(own)
         with jax.named_scope("feed_forward"):
             y = rms_norm(x, p["ffn_norm"], c.norm_eps)
             always = weights.permanent[i]
@@ -120,7 +122,8 @@ def run_layers(
                 x = x + grouped_ffn(y, plan, experts[i], shape.runtime.segments)
     start = chunk.start + after(x)
     written = (
-        write_chunk(cache, k, v, chunk.row, start, chunk.count) for cache, (k, v) in zip(caches, new, strict=True)
+        own if isinstance(own, Cache) else write_chunk(cache, *own, chunk.row, start, chunk.count)
+        for cache, own in zip(caches, new, strict=True)
     )
     return tuple(written), x
 
@@ -140,24 +143,45 @@ def _attention(
     chunk: Chunk,
     positions: jax.Array,
     freqs: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [C, D] plus self-attention, and the chunk's keys [1, K, h, C] and values [1, K, C, h]."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | Cache]:
+    """x [C, D] plus self-attention, and the chunk's keys [1, K, h, C] and values [1, K, C, h], or the cache with
+    them."""
     c = shape.config
     y = rms_norm(x, p["attn_norm"], c.norm_eps)
     angles = positions.astype(jnp.float32)[:, None, None] * freqs
     left = jnp.split(linear(y, p["qkv"]), _splits(c), axis=1) if "qkv" in p else [linear(y, p[n]) for n in LEFT]
     q, k, v = (rearrange(x, "t (n h) -> t n h", h=c.head_dim) for x in left)
     q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=2) for z in (q, k))
-    q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=c.num_kv_heads)
     k = rearrange(k, "t k h -> 1 k h t").astype(cache.keys[0].dtype)
     v = rearrange(v, "t k h -> 1 k t h").astype(cache.keys[0].dtype)
-    group = c.num_heads // c.num_kv_heads
+    if shape.runtime.decode == "kernel":
+        cache = write_chunk(cache, k, v, chunk.row, chunk.start, chunk.count)
+        interpret = jax.default_backend() == "cpu"
+        out = attend_chunk(q, cache, chunk.row, chunk.start, c.sliding_window, interpret=interpret)
+        return x + linear(out, p["o"]), cache
+    q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=k.shape[1])
+    out = _attend(q, k, v, cache, chunk, positions, c.sliding_window).astype(x.dtype)
+    out = rearrange(out, "1 k (t g) h -> t (k g h)", t=positions.shape[0])
+    return x + linear(out, p["o"]), (k, v)
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Cache,
+    chunk: Chunk,
+    positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """q [1, K, C * G, h] over the row's tokens before the chunk and its own keys and values, by XLA."""
+    group = q.shape[2] // positions.shape[0]
     at = jnp.repeat(positions, group)[:, None]
 
     def seen(slots: jax.Array) -> jax.Array:
-        return attention.visible(at, slots, c.sliding_window) & (slots < chunk.start)
+        return attention.visible(at, slots, window) & (slots < chunk.start)
 
-    own = _own(q, k, v, at, positions, group, c.sliding_window)
+    own = _own(q, k, v, at, positions, group, window)
     past = jax.lax.cond(
         chunk.start > 0,
         lambda: attend_cached(q, cache, _row(chunk.row), seen, chunk.start),
@@ -165,8 +189,7 @@ def _attention(
             jnp.zeros_like(own.out), jnp.zeros_like(own.total), jnp.full_like(own.largest, attention.MASKED)
         ),
     )
-    out = rearrange(attend.merge(past, own).astype(x.dtype), "1 k (t g) h -> t (k g h)", g=group)
-    return x + linear(out, p["o"]), k, v
+    return attend.merge(past, own)
 
 
 def _splits(c: ModelConfig) -> tuple[int, int]:
