@@ -23,8 +23,9 @@ from readme_jax.models import attention
 from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Expert
-from readme_jax.serving import attend, kernels
+from readme_jax.serving import attend, kernels, spread
 from readme_jax.serving.sampling import Samplings, choose_tokens
+from readme_jax.serving.spread import ONE, Cut
 from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
 
 Params = Mapping[str, Any]
@@ -32,13 +33,14 @@ LEFT = ("q", "k", "v")
 
 
 class Shape(NamedTuple):
-    """What a program is compiled for beside its sizes."""
+    """What a program is compiled for beside its sizes. `config` has the heads of one device."""
 
     config: ModelConfig
     mixture: MixtureConfig | None
     router: RouterConfig | None
     runtime: Runtime
     length: int  # tokens of a row that may be used
+    cut: Cut = ONE
 
     @property
     def top_k(self) -> int:
@@ -81,15 +83,19 @@ class Plan(NamedTuple):
     weights: jax.Array
 
 
-def plan_rows(experts: jax.Array, weights: jax.Array, present: jax.Array, active: jax.Array) -> tuple[Plan, jax.Array]:
+def plan_rows(
+    experts: jax.Array, weights: jax.Array, present: jax.Array, active: jax.Array, cut: Cut = ONE
+) -> tuple[Plan, jax.Array]:
     """Segments of rows with experts [B, Kx] among `present` [P] (of an expert that is repeated only the first), and
-    which rows [B] run: active, with all their experts present. Rows that do not run are in no segment."""
+    which rows [B] run: active, with all their experts present. Rows that do not run are in no segment, nor those of
+    other devices' experts."""
     match = experts[..., None] == present
     runs = active & match.any(axis=-1).all(axis=-1)
     index = jnp.where(runs[:, None], jnp.argmax(match, axis=-1), present.shape[0]).reshape(-1)
+    index, count = spread.own_experts(index, present.shape[0], cut)
     order = jnp.argsort(index, stable=True)
     inverse = jnp.argsort(order).reshape(experts.shape)
-    size = jnp.sum(index[:, None] == jnp.arange(present.shape[0]), axis=0, dtype=jnp.int32)
+    size = jnp.sum(index[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
     return Plan(order // experts.shape[1], inverse, jnp.cumsum(size) - size, size, weights), runs
 
 
@@ -98,13 +104,16 @@ def swiglu(y: jax.Array, w: Expert) -> jax.Array:
     return w.down @ (jax.nn.silu(w.gate @ y) * (w.up @ y))
 
 
-def expert_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime: Runtime) -> jax.Array:
+def expert_columns(
+    y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime: Runtime, some: bool = False
+) -> jax.Array:
     """The weighted sum of each column's experts, [D, B] -> [D, B].
 
     One expert: plain matmuls. Else `blocks` runs each segment as matmuls over a static number of columns, of which
     the spare ones are overwritten by the experts that follow; other back ends run every expert over all columns.
+    With `some`, the plan need not cover all columns: the rest belong to experts elsewhere and add nothing here.
     """
-    if len(experts) == 1:
+    if len(experts) == 1 and not some:
         return swiglu(y, experts[0])
     if runtime.segments != "blocks":
         return _masked_columns(y, plan, experts)
@@ -123,6 +132,8 @@ def expert_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime:
         nothing = functools.partial(jnp.zeros, (y.shape[0], top), y.dtype)
         new = jax.lax.switch(branch, [nothing, *(functools.partial(segment, w, start, size) for size in sizes)])
         out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
+    if some:
+        out = jnp.where(jnp.arange(2 * top) < plan.size.sum(), out, 0)
     return _weigh(jnp.take(out, plan.inverse, axis=1), plan)
 
 
@@ -183,7 +194,7 @@ def _attention(shape: Shape, p: Params, y: jax.Array, cache: Cache, step: Step) 
     """Self-attention over y [D, B], [D, B], and the tokens' keys and values, or the cache with them in it already."""
     left = [p["qkv"] @ y] if "qkv" in p else [p[n] @ y for n in LEFT]
     out, new = _self_attention(shape.runtime, left, cache, step, shape.config.sliding_window)
-    return p["o"] @ out, new
+    return spread.total(p["o"] @ out, shape.cut.heads), new
 
 
 def _self_attention(
@@ -233,8 +244,8 @@ def _feed_forward(
     """The permanent part's and the experts' share of y [D, B]."""
     parts = [] if always is None else [swiglu(y, always)]
     if plan is not None:
-        parts.append(expert_columns(y, plan, experts, shape.runtime))
-    return functools.reduce(jnp.add, parts)
+        parts.append(expert_columns(y, plan, experts, shape.runtime, some=shape.cut.experts > 1))
+    return spread.total(functools.reduce(jnp.add, parts), shape.cut.rest)
 
 
 def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -281,9 +292,9 @@ def begin(shape: Shape, weights: Weights, state: State, active: jax.Array, prese
     active = active & (positions < shape.length)
     plan, runs = None, active
     if shape.mixture:
-        plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active)
+        plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active, shape.cut)
     step = Step.at(positions, runs, attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-    x = weights.embed[state.token[:rows]].T
+    x = spread.embed(weights.embed, state.token[:rows], shape.cut.rest).T
     y = _norm(x, weights.layers[0]["attn_norm"], c.norm_eps)
     return Flow(x, y, step, plan, active & ~runs)
 
@@ -317,7 +328,8 @@ def finish(shape: Shape, weights: Weights, state: State, flow: Flow, sampling: S
     """Choose and route the rows' next tokens after the last layer."""
     runs, positions = flow.step.runs, flow.step.positions + 1
     with jax.named_scope("sample"):
-        logits = (weights.head @ flow.y).T.astype(jnp.float32)
+        own = (weights.head @ flow.y).T
+        logits = spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
         chosen = choose_tokens(logits, sampling, positions)
 
     def attend_router(left: Sequence[jax.Array], at: Step) -> tuple[jax.Array, Token | Cache]:

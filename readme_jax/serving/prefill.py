@@ -9,6 +9,7 @@ GPU's kernel each layer's is written first, in place too, and read with the chun
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from readme_jax.models.feed_forward import feed_forward, linear
 from readme_jax.models.llama import rms_norm
 from readme_jax.models.router import choose, route_logits
 from readme_jax.models.segments import Expert, RoutePlan, grouped_ffn, plan_routes
-from readme_jax.serving import attend
+from readme_jax.serving import attend, spread
 from readme_jax.serving.decode import (
     LEFT,
     Params,
@@ -89,7 +90,7 @@ def prefill_chunk(
     sampling: Samplings,
 ) -> tuple[State, Sampled, Scores]:
     """Write the keys and values of a chunk; see `Programs.prefill`. Arrays of `Sampled` have one row."""
-    x = weights.embed[chunk.tokens]
+    x = spread.embed(weights.embed, chunk.tokens, shape.cut.rest)
     layers, x = run_layers(shape, weights, experts, state.layers, chunk, present, x)
     return finish(shape, weights, replace(state, layers=layers), chunk, sampling, x)
 
@@ -105,7 +106,7 @@ def run_layers(
 ) -> tuple[tuple[Cache, ...], jax.Array]:
     """The layers of `weights` over x [C, D]; their `caches` get the chunk's keys and values."""
     c = shape.config
-    plan = _plan(chunk, present, weighted=shape.top_k > 1) if shape.mixture else None
+    plan = _plan(shape, chunk, present) if shape.mixture else None
     freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0])
     new = []
@@ -114,12 +115,7 @@ def run_layers(
             x, own = _attention(shape, p, x, caches[i], chunk, positions, freqs)
         new.append(own)
         with jax.named_scope("feed_forward"):
-            y = rms_norm(x, p["ffn_norm"], c.norm_eps)
-            always = weights.permanent[i]
-            if always is not None:
-                x = x + feed_forward(always._asdict(), y)
-            if plan is not None:
-                x = x + grouped_ffn(y, plan, experts[i], shape.runtime.segments)
+            x = x + _feed_forward(shape, weights.permanent[i], plan, experts[i], rms_norm(x, p["ffn_norm"], c.norm_eps))
     start = chunk.start + after(x)
     written = (
         own if isinstance(own, Cache) else write_chunk(cache, *own, chunk.row, start, chunk.count)
@@ -128,11 +124,23 @@ def run_layers(
     return tuple(written), x
 
 
-def _plan(chunk: Chunk, present: jax.Array, weighted: bool) -> RoutePlan:
-    """Tokens sorted by expert present; of one that is repeated only the first is used."""
+def _plan(shape: Shape, chunk: Chunk, present: jax.Array) -> RoutePlan:
+    """Tokens sorted by expert present; of one that is repeated only the first is used. Those of other devices' experts
+    come last."""
     match = chunk.experts[..., None] == present
     index = jnp.where(match.any(axis=-1), jnp.argmax(match, axis=-1), present.shape[0])
-    return plan_routes(index.astype(jnp.int32), present.shape[0], chunk.weights if weighted else None)
+    index, count = spread.own_experts(index, present.shape[0], shape.cut)
+    return plan_routes(index.astype(jnp.int32), count, chunk.weights if shape.top_k > 1 else None)
+
+
+def _feed_forward(
+    shape: Shape, always: Expert | None, plan: RoutePlan | None, experts: Sequence[Expert], y: jax.Array
+) -> jax.Array:
+    """The permanent part's and the experts' share of y [C, D]."""
+    parts = [] if always is None else [feed_forward(always._asdict(), y)]
+    if plan is not None:
+        parts.append(grouped_ffn(y, plan, experts, shape.runtime.segments, some=shape.cut.experts > 1))
+    return spread.total(functools.reduce(jnp.add, parts), shape.cut.rest)
 
 
 def _attention(
@@ -158,11 +166,11 @@ def _attention(
         cache = write_chunk(cache, k, v, chunk.row, chunk.start, chunk.count)
         interpret = jax.default_backend() == "cpu"
         out = attend_chunk(q, cache, chunk.row, chunk.start, c.sliding_window, interpret=interpret)
-        return x + linear(out, p["o"]), cache
+        return x + spread.total(linear(out, p["o"]), shape.cut.heads), cache
     q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=k.shape[1])
     out = _attend(q, k, v, cache, chunk, positions, c.sliding_window).astype(x.dtype)
     out = rearrange(out, "1 k (t g) h -> t (k g h)", t=positions.shape[0])
-    return x + linear(out, p["o"]), (k, v)
+    return x + spread.total(linear(out, p["o"]), shape.cut.heads), (k, v)
 
 
 def _attend(
@@ -232,7 +240,7 @@ def finish(
 
     def choose_next() -> tuple[Any, Any]:
         hidden = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=0)
-        chosen = choose_tokens(linear(hidden, weights.head).astype(jnp.float32), sampling, end)
+        chosen = choose_tokens(_logits(shape, hidden, weights.head), sampling, end)
         return chosen, route_next(shape, weights.router, chosen.tokens, end, jnp.ones(1, bool), attend_router)
 
     def nothing() -> tuple[Any, Any]:
@@ -242,11 +250,17 @@ def finish(
     state = advance(state, chunk.row[None], chunk.last[None], chosen.tokens, end, routed)
     state = replace(state, position=state.position.at[chunk.row].set(end[0]))
     top = (chosen.top_tokens, chosen.top_logprobs)
-    scores = jax.lax.cond(chunk.scored, lambda: _score(x, weights.head, chunk.targets), lambda: _unscored(x))
+    scores = jax.lax.cond(chunk.scored, lambda: _score(shape, x, weights.head, chunk.targets), lambda: _unscored(x))
     return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool)), scores
 
 
-def _score(x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
+def _logits(shape: Shape, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[N, D] -> [N, V] float32."""
+    own = linear(hidden, head)
+    return spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
+
+
+def _score(shape: Shape, x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
     """Log-probabilities of `targets` [C] after hidden states x [C, D], a block of positions at a time."""
     step = min(SCORED, x.shape[0])
 
@@ -254,7 +268,7 @@ def _score(x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
         first = jnp.minimum(i * step, x.shape[0] - step)
         hidden = jax.lax.dynamic_slice_in_dim(x, first, step, axis=0)
         wanted = jax.lax.dynamic_slice_in_dim(targets, first, step, axis=0)
-        logits = linear(hidden, head).astype(jnp.float32)
+        logits = _logits(shape, hidden, head)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         values, tokens = best(logits)
         own = jnp.take_along_axis(logits, wanted[:, None], axis=-1) - total
@@ -272,7 +286,7 @@ def _unscored(x: jax.Array) -> Scores:
 
 
 def route_prompt(shape: Shape, p: Params, tokens: jax.Array, count: jax.Array) -> PromptRoutes:
-    """Route a prompt of `count` tokens, padded to [T]. Must run under a mesh (of one device)."""
+    """Route a prompt of `count` tokens, padded to [T]. Runs under a mesh of one device, or inside `jax.shard_map`."""
     r = shape.router
     assert r is not None
     valid = (jnp.arange(tokens.shape[0]) < count)[None]
