@@ -1,14 +1,21 @@
-"""Models of random bf16 weights on the device: Llama-2-7B's shape, dense or as seven experts that own their rows."""
+"""Models of random bf16 weights on the device: Llama-2-7B's shape, dense or as seven experts that own their rows.
+
+A model of random weights has no routes worth the name. `scripted` gives it real ones: the token i is followed by i + 1
+and routed to the i-th expert of a stream of real routes, so that a request is a place in the stream. For that the
+embedding is large against what layers add, the head's row i + 1 is the embedding of i, and the router reads its token
+alone. All the arithmetic stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.known import shape_of
@@ -58,6 +65,31 @@ def model_of(config: ModelConfig, experts: int) -> Dense | Mixture:
     router = RouterConfig(config.vocab_size, experts)
     started = start_router(jax.random.key(1), router, params["embed"].astype(jnp.float32))
     return Mixture(config, MixtureConfig(experts, config.ffn_dim // 2), params, {}, router, started)
+
+
+def script(streams: Mapping[str, np.ndarray], vocabulary: int, seed: int = 0) -> np.ndarray:
+    """[vocabulary] experts: a part of each domain's stream in turn, equally long."""
+    rng, parts = np.random.default_rng(seed), np.array_split(np.arange(vocabulary), len(streams))
+    starts = [
+        int(rng.integers(len(streams[name]) - len(part))) for name, part in zip(sorted(streams), parts, strict=True)
+    ]
+    return np.concatenate(
+        [streams[n][s : s + len(p)] for n, s, p in zip(sorted(streams), starts, parts, strict=True)]
+    ).astype(np.int32)
+
+
+def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
+    """The mixture with tokens that follow each other, routed to `experts` [V]."""
+    assert model.router is not None
+    params, router = dict(model.params), jax.tree.map(lambda x: x, dict(model.router))
+    params["embed"] = 2500 * params["embed"]  # standard deviation 50
+    params["lm_head"] = jnp.roll(params["embed"], 1, axis=0) / 2500
+    for name in ("o", "down"):  # the token's own embedding passes both residuals unchanged
+        router[name] = jax.tree.map(jnp.zeros_like, router[name])
+    marks = jnp.eye(experts.max() + 1, model.router_config.dim)  # type: ignore[union-attr]
+    router["embed"], router["head"] = marks[experts], {"w": marks, "b": jnp.zeros(marks.shape[0])}
+    router["final_norm"] = jnp.ones_like(router["final_norm"])
+    return replace(model, params=params, router=router)
 
 
 def compile_side_by_side(programs: Programs, keys: Iterable[tuple[Any, ...]]) -> None:
