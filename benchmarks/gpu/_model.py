@@ -8,7 +8,7 @@ alone. All the arithmetic stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -92,7 +92,7 @@ def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
     return replace(model, params=params, router=router)
 
 
-def compile_side_by_side(programs: Programs, keys: Iterable[tuple[Any, ...]]) -> None:
-    """Compile programs in threads."""
+def compile_side_by_side(programs: Programs, wanted: Callable[[tuple[Any, ...]], bool]) -> None:
+    """Compile the programs whose key (name, sizes) is wanted, in threads."""
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda key: programs._program(*key), keys))
+        list(pool.map(lambda key: programs._program(*key), [key for key in programs._all() if wanted(key)]))
