@@ -28,13 +28,13 @@ COLUMNS = ("dense", "sliced", "tuned", "paper", "dense_slice", "dense_slice_refi
 LABELS = ("dense, untuned", "best, untuned", "best, tuned", "paper's recipe", "dense slice", "dense slice, refit")
 
 
-def summary_of(run: Run) -> dict[str, Any]:
-    """The run's summary: what it left when it is finished, or else of running it (on)."""
+def summary_of(run: Run, dense: dict[str, float] | None) -> dict[str, Any]:
+    """The run's summary: what it left when it is finished, or else of running it (on); `dense` as in `execute`."""
     folder = Path(run.output)
     done = [folder / name for name in ("config.json", "summary.json")]
     if all(path.exists() for path in done) and json.loads(done[0].read_text()) == json.loads(resolved(run)):
         return json.loads(done[1].read_text())
-    return execute(run)
+    return execute(run, dense=dense)
 
 
 def row(summaries: dict[str, dict[str, Any]], pick: Any) -> dict[str, float]:
@@ -75,11 +75,13 @@ def plot(geo_mean: dict[str, float], domains: dict[str, dict[str, float]], path:
 def main() -> None:
     """Run every arm and write results/table5.json and its plot."""
     args = arguments(__doc__, "runs/table5", ARMS)
-    summaries, rates = {}, {}
+    summaries: dict[str, dict[str, Any]] = {}
+    rates, dense = {}, None  # the dense model is the same in all arms
     for arm in [args.arm] if args.arm else ARMS:
         run = arm_run(arm, args.data, args.output, args.gin_param, searched_rate(arm))
         rates[arm] = run.expert_stage.lr
-        summaries[arm] = summary_of(run)
+        summaries[arm] = summary_of(run, dense)
+        dense = {domain: values["dense"] for domain, values in summaries[arm]["domains"].items()}
     if args.arm:
         return
     geo_mean = row(summaries, lambda s: s["geo_mean"])

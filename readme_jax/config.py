@@ -337,6 +337,7 @@ class Serving(Validated):
     prefetch: bool = True  # load experts before the step that needs them
     ahead: bool = True  # dispatch a step before the last one is read
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: Mesh = field(default_factory=Mesh)  # of the devices it runs on; fsdp = -1 is 1 here
 
     def check(self) -> None:
         self.positive("rows", "length", "page_size", "queue", "budget", "chunk")

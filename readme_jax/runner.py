@@ -72,8 +72,10 @@ class Setting:
         return time.monotonic() - self.began
 
 
-def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
+def execute(run: config.Run, resume: bool = True, dense: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Refactor, tune, evaluate, export and report; returns what `<output>/summary.json` holds.
+
+    `dense` is the dense model's perplexity by domain where an earlier run on the same text has measured it.
 
     Also leaves there config.json, facts.json (of the slices), metrics.jsonl, report.html, export/ and checkpoints/.
     Goes on from the newest checkpoint in `<output>/checkpoints`; `resume=False` removes what is there and starts anew.
@@ -96,7 +98,7 @@ def execute(run: config.Run, resume: bool = True) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         setting = prepare(run, output, mesh, store, began)
         if meta is None:
-            meta = slice_dense(setting)
+            meta = slice_dense(setting, dense)
         trim()
         parts, progress = take_up(setting, meta)
         tune(setting, meta, parts, progress, fresh=done is None)
@@ -130,7 +132,7 @@ def prepare(run: config.Run, output: Path, mesh: Any, store: Store, began: float
     return Setting(run, output, mesh, runtime, dense, corpus, validation, store, began)
 
 
-def slice_dense(s: Setting) -> dict[str, Any]:
+def slice_dense(s: Setting, dense: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Slice the dense model, start the router, and save both as the checkpoint of step 0; returns its meta."""
     run, settings = s.run, s.run.slice
     calibration = calibration_text(s)
@@ -140,12 +142,14 @@ def slice_dense(s: Setting) -> dict[str, Any]:
     untuned = Evaluator(s.dense.config, sliced.mixture, s.runtime, s.mesh)
     routes = DomainRoutes(sliced.mixture.num_experts, sliced.mixture.top_k)
     grouping = group_text(calibration, settings)
+    if dense is None:
+        dense = perplexities(_losses(s, "dense", Evaluator(s.dense.config, None, s.runtime, s.mesh), s.dense.params))
     meta = {
         "config": config.to_dict(run),
         "mixture": asdict(sliced.mixture),
         "router": asdict(sliced.router_config),
         "facts": sliced.facts,
-        "dense": perplexities(_losses(s, "dense", Evaluator(s.dense.config, None, s.runtime, s.mesh), s.dense.params)),
+        "dense": dict(dense),
         "sliced": perplexities(_losses(s, "sliced", untuned, backbone, routes, channels, grouping)),
     }
     key = resumption.random_key(run.seed, s.mesh)

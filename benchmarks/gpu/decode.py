@@ -1,167 +1,270 @@
 """Decode steps of Llama-2-7B's shape on one GPU, through the engine's own programs: `python benchmarks/gpu/decode.py`.
 
-Random bf16 weights, seven experts of half the feed-forward width that own their rows, all resident. Rows stand at
-position 900 of a cache of 1024 tokens. `dense` is the dense model through the same programs; `one` gives every row the
-same expert; `seven` spreads rows over all. `over_limit` is the step over the time that its bytes (weights of the
-experts present, attention, head, caches) take at the copy bandwidth measured in the same run.
+Random bf16 weights, seven experts of half the feed-forward width that own their rows. Parts:
+
+  ratio   a step with every row on one expert, and `mixed` over experts as real prompts are (results/routes.npz), over
+          our dense model, over transformers' (`--transformers`, in a process of its own, asked in turn) and over the
+          limit: the larger of what its bytes take at the copy bandwidth and its FLOPs at the matmul rate of the run.
+          A chain of steps, none of which is read: results/gpu_decode.json
+  split   kernels' time by router, attention, feed-forward, sampling (from a profile): results/gpu_decode_split.json
+  gap     a step of the engine, its loop included, over a step of the chain: the same file
+  slots   the engine with k experts a layer on the device: memory and tokens a second: results/gpu_decode_slots.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.62")  # transformers' process takes the rest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _measure import Rows, copy_bandwidth, matmul_rate
+from _model import EXPERTS, compile_side_by_side, model_of, script, shape
+from _profile import device_seconds, scopes
+from _served import Served, generate
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from _report import write_results
-from rich.console import Console
-from rich.table import Table
-
-from readme_jax.checkpoints.hf import Dense
-from readme_jax.checkpoints.known import shape_of
-from readme_jax.checkpoints.mixture import Mixture
-from readme_jax.config import Mesh, MixtureConfig, Model, ModelConfig, RouterConfig
-from readme_jax.models.router import start_router
+from readme_jax.config import Mesh, Model, ModelConfig
 from readme_jax.models.runtime import runtime_for
+from readme_jax.models.sizes import forward_flops
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import Samplings
 from readme_jax.serving.store import ExpertStore
+from readme_jax.serving.traffic import load_streams
 
-SHAPE = shape_of("meta-llama/Llama-2-7b-hf")
-EXPERTS, LENGTH, POSITION, STEPS = 7, 1024, 900, 30
-
-
-def random_tree(config: ModelConfig, experts: int) -> dict[str, Any]:
-    """Unrolled parameters on the device, bf16; `experts` 0 is the dense model."""
-    keys = iter(jax.random.split(jax.random.key(0), 100_000))
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
-    d, heads, kv = config.embed_dim, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-
-    def matrix(*shape: int) -> jax.Array:
-        return draw(next(keys), shape)
-
-    def ffn(width: int) -> dict[str, jax.Array]:
-        return {"gate": matrix(width, d), "up": matrix(width, d), "down": matrix(d, width)}
-
-    tree: dict[str, Any] = {"embed": matrix(config.vocab_size, d), "lm_head": matrix(config.vocab_size, d)}
-    tree["final_norm"] = jnp.ones(d, jnp.bfloat16)
-    for i in range(config.num_layers):
-        own = {f"experts_{e}": ffn(config.ffn_dim // 2) for e in range(experts)} or {"ffn": ffn(config.ffn_dim)}
-        attention = {"q": matrix(heads, d), "k": matrix(kv, d), "v": matrix(kv, d), "o": matrix(d, heads)}
-        norms = {"attn_norm": jnp.ones(d, jnp.bfloat16), "ffn_norm": jnp.ones(d, jnp.bfloat16)}
-        tree[f"layers_{i}"] = own | attention | norms
-    return tree
+HERE = Path(__file__).parent
+STREAMS = HERE.parent / "results" / "routes.npz"
+TOKENS = 65536  # of all rows' caches together
+CONTEXT, FILLED = 1024, 0.88  # tokens of a row at most, and how much of them is in the cache
+STEPS = 30
+SCOPES = ("route", "attention", "feed_forward", "sample")
 
 
-def model_of(config: ModelConfig, experts: int) -> Dense | Mixture:
-    """A dense model, or a mixture with a router of Table 1."""
-    params = random_tree(config, experts)
-    if not experts:
-        return Dense(config, params, None)
-    router = RouterConfig(config.vocab_size, experts)
-    started = start_router(jax.random.key(1), router, params["embed"].astype(jnp.float32))
-    return Mixture(config, MixtureConfig(experts, config.ffn_dim // 2), params, {}, router, started)
+def length_of(batch: int) -> int:
+    """Tokens a row."""
+    return min(CONTEXT, TOKENS // batch)
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second read and written by a copy of 1 GiB."""
-    x = jnp.ones(2**29, jnp.bfloat16)
-    double = jax.jit(lambda x: x * 2)
-    return 2 * x.nbytes / seconds_of(lambda: double(x), 20)
+class Steps:
+    """Chains of decode steps of one model at one batch size."""
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs, self.batch = programs, programs.limits.rows
+        self.position = int(FILLED * programs.limits.length)
+
+    def chain(self, experts: np.ndarray) -> Any:
+        """run(steps) of rows whose tokens run `experts` [B]: dispatched one after another, then waited for."""
+        p, present = self.programs, sorted(set(experts.tolist())) if self.programs.shape.top_k else []
+        weights, sampling, active = p.store.present(present), Samplings.greedy(self.batch), np.ones(self.batch, bool)
+        kx = p.shape.top_k
+        routes = jnp.asarray(np.repeat(experts[:, None], kx, axis=1), jnp.int32)
+        position = jnp.full(self.batch, self.position, jnp.int32)
+        state = p.new_state()
+
+        def run(steps: int) -> Any:
+            nonlocal state
+            for _ in range(steps):
+                state = replace(state, experts=jnp.copy(routes), position=jnp.copy(position))
+                state, _ = p.decode(state, active, present, weights, sampling)
+            return jax.block_until_ready(state)
+
+        return run
+
+    def seconds(self, experts: np.ndarray) -> float:
+        """Of a step."""
+        run, times = self.chain(experts), []
+        run(3)
+        for _ in range(5):
+            began = time.perf_counter()
+            run(STEPS)
+            times.append((time.perf_counter() - began) / STEPS)
+        return statistics.median(times)
 
 
-def seconds_of(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def limit_of(c: ModelConfig, batch: int, position: int, experts: int, bandwidth: float, rate: float) -> float:
+    """Seconds that a step cannot be shorter than: weights of the experts present (0: the dense model), attention, head
+    and caches read once; the arithmetic of one expert a row."""
+    own = c.ffn_dim if experts == 0 else c.ffn_dim // 2
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = c.embed_dim * (2 * heads + 2 * kv + 3 * own * max(experts, 1)) + 2 * batch * position * kv
+    bytes_ = 2 * (c.num_layers * layer + c.vocab_size * c.embed_dim)
+    return max(bytes_ / bandwidth, batch * forward_flops(c, own, 1) / rate)
 
 
-def decode(programs: Programs, rows: int, experts: np.ndarray, rounds: int = 5) -> float:
-    """Seconds of a decode step of `rows` rows whose tokens run `experts` [rows], chained without a read in between."""
-    present = sorted(set(experts.tolist())) if programs.shape.top_k else []
-    weights, sampling = programs.store.present(present), Samplings.greedy(rows)
-    state, active = programs.new_state(), np.ones(rows, bool)
-    r, kx = programs.limits.rows, programs.shape.top_k
-    routes = jnp.zeros((r, kx), jnp.int32).at[:rows].set(experts[:, None] if kx else 0)
-    position = jnp.full(r, POSITION, jnp.int32)
-
-    def run(state: Any, steps: int) -> Any:
-        for _ in range(steps):
-            state = replace(state, experts=jnp.copy(routes), position=jnp.copy(position))
-            state, _ = programs.decode(state, active, present, weights, sampling)
-        return jax.block_until_ready(state)
-
-    state = run(state, 3)
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        state = run(state, STEPS)
-        times.append((time.perf_counter() - began) / STEPS)
-    return statistics.median(times)
+def mixed_routes(batch: int) -> np.ndarray:
+    """[batch]: the experts of tokens at places drawn from all domains' text."""
+    streams = np.concatenate(list(load_streams(STREAMS, "best").values()))
+    return np.random.default_rng(0).choice(streams, batch).astype(np.int64)
 
 
-def bytes_read(config: ModelConfig, rows: int, experts: int) -> int:
-    """Bytes of a step: attention, head, caches up to the position, and the feed-forward weights present."""
-    width = config.ffn_dim if experts == 0 else config.ffn_dim // 2 * experts
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.embed_dim * (2 * heads + 2 * kv + 3 * width) + 2 * rows * POSITION * kv
-    return 2 * (config.num_layers * layer + config.vocab_size * config.embed_dim)
+class Transformers:
+    """The peer's process."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        names = ("vocab_size", "embed_dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads")
+        about = json.dumps({name: getattr(c, name) for name in names})
+        command = [sys.executable, str(HERE / "_torch_peer.py"), about]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self, batch: int, length: int, position: int, compiled: bool) -> float:
+        """Of a step. Raises RuntimeError when the process has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        ask = {"batch": batch, "length": length + 128, "position": position, "compiled": compiled}
+        self.process.stdin.write(json.dumps(ask) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process with transformers ended with {self.process.wait()}: see its error above")
+        return json.loads(line)["ms"] / 1e3
+
+    def end(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def measure(config: ModelConfig, sizes: list[int], rows: list[dict[str, Any]], bandwidth: float) -> None:
-    """Append a row a case, as soon as it is known."""
-    limits = Limits(max(sizes), LENGTH, chunks=(64,), decode=tuple(sizes), prompts=(LENGTH,), stretches=(LENGTH,))
+def programs_of(model: Any, store: ExpertStore, batch: int) -> Programs:
+    """For decode steps of `batch` rows alone."""
+    length = length_of(batch)
+    limits = Limits(batch, length, chunks=(64,), decode=(batch,), prompts=(length,), stretches=(length,))
+    runtime = replace(runtime_for(Model(compute_dtype="bfloat16")), decode="kernel", segments="kernel")
+    return Programs(model, store, limits, runtime)
+
+
+def ratios(results: Rows, c: ModelConfig, args: argparse.Namespace) -> None:
+    """A row a batch, case and peer, and the milliseconds of each."""
+    bandwidth, rate = results.about["copy_bandwidth"], results.about["matmul_rate"]
+    peer = Transformers(c) if args.transformers else None
+    dense: dict[int, float] = {}
+    theirs: dict[tuple[int, str], float] = {}
     for experts in (0, EXPERTS):
-        model = model_of(config, experts)
+        model = model_of(c, experts)
         store = ExpertStore(model, dtype=jnp.bfloat16)
-        programs = Programs(model, store, limits, runtime_for(Model(compute_dtype="bfloat16")))
-        cases = [("dense", b) for b in sizes] if not experts else [("one", b) for b in sizes] + [("seven", max(sizes))]
-        for case, b in cases:
-            chosen = np.arange(b) * EXPERTS // b if case == "seven" else np.zeros(b, np.int64)
-            took = decode(programs, b, chosen)
-            present = 0 if case == "dense" else len(set(chosen.tolist()))
-            limit = bytes_read(config, b, present) / bandwidth
-            dense = next((r["ms"] for r in rows if r["case"] == "dense" and r["batch"] == b), 1e3 * took)
-            rows.append({"case": case, "batch": b, "experts_present": present, "ms": 1e3 * took})
-            rows[-1] |= {"over_dense": 1e3 * took / dense, "over_limit": took / limit}
-            print(json.dumps(rows[-1]), flush=True)
-        del model, store, programs
+        for batch in args.batch:
+            steps = Steps(programs_of(model, store, batch))
+            cases = (
+                {"one": np.zeros(batch, np.int64), "mixed": mixed_routes(batch)}
+                if experts
+                else {"dense": np.zeros(batch, np.int64)}
+            )
+            present = {name: len(set(each.tolist())) if experts else 0 for name, each in cases.items()}
+            held = {len(store.padded(range(n))) if n else 0 for n in present.values()}
+            compile_side_by_side(steps.programs, lambda key, held=held: key[0].startswith("decode") and key[2] in held)
+            for name, routes in cases.items():
+                took = steps.seconds(routes)
+                if not experts:
+                    dense[batch] = took
+                    if peer:
+                        for kind in ("eager", *(["compiled"] if batch in args.compiled else [])):
+                            theirs[batch, f"transformers_{kind}"] = peer.seconds(
+                                batch, length_of(batch), steps.position, kind == "compiled"
+                            )
+                limit = limit_of(c, batch, steps.position, present[name], bandwidth, rate)
+                peers = {"own_dense": dense[batch], "limit": limit}
+                peers |= {kind: seconds for (size, kind), seconds in theirs.items() if size == batch}
+                for kind, seconds in peers.items():
+                    row = {"batch": batch, "experts": name, "experts_present": present[name], "peer": kind}
+                    results.add(**row, ratio=took / seconds, ms=1e3 * took, peer_ms=1e3 * seconds)
+            del steps
+            gc.collect()
+        del model, store
+        gc.collect()
+    if peer:
+        peer.end()
+
+
+def split(results: Rows, c: ModelConfig, batches: list[int]) -> None:
+    """Milliseconds of a step's kernels by scope, all rows on one expert and mixed."""
+    model = model_of(c, EXPERTS)
+    store = ExpertStore(model, dtype=jnp.bfloat16)
+    for batch in batches:
+        steps = Steps(programs_of(model, store, batch))
+        for name, routes in {"one": np.zeros(batch, np.int64), "mixed": mixed_routes(batch)}.items():
+            run, count = steps.chain(routes), 5
+            run(3)
+            held = len(store.padded(sorted(set(routes.tolist()))))
+            by = scopes(steps.programs._program("decode", batch, held), SCOPES)
+            scope, kernels = device_seconds(lambda run=run, count=count: run(count), by)
+            ms = {f"{part}_ms": 1e3 * scope[part] / count for part in (*SCOPES, "rest", "unknown")}
+            top = {kernel[:60]: round(1e3 * s / count, 4) for kernel, s in kernels.most_common(12)}
+            results.add(batch=batch, experts=name, **ms, busy_ms=1e3 * scope.total() / count, kernels=top)
+        del steps
+        gc.collect()
+
+
+def gap(results: Rows, served: Served) -> None:
+    """The engine at batch 1, one expert throughout, against a chain of the same steps."""
+    engine = served.engine(served.settings("decode_first"), [])
+    wall = generate(engine, [served.prompt(0, 64)], 128, warm=16)
+    chain = Steps(served.programs)
+    chain.position = 144
+    device = chain.seconds(np.zeros(served.programs.limits.rows, np.int64))
+    results.add(part="gap", batch=1, wall_ms=1e3 * wall, chain_ms=1e3 * device, gap=(wall - device) / wall)
+
+
+def slots(results: Rows, served: Served, rows: int) -> None:
+    """A row a number of slots: 4 requests of other domains at a time."""
+    stats = jax.devices()[0].memory_stats
+    for k in range(1, EXPERTS + 1):
+        for staging in (0, 1) if k < EXPERTS else (0,):
+            engine = served.engine(served.settings("lookahead", k, staging), [])
+            places = np.linspace(0, served.programs.config.vocab_size - 256, rows).astype(int)
+            began = time.perf_counter()
+            generate(engine, [served.prompt(int(p), 64) for p in places], 64, warm=0)
+            seconds, found = time.perf_counter() - began, engine.stats()
+            results.add(
+                slots=k,
+                staging=staging,
+                tokens_per_s=rows * 64 / seconds,
+                held_bytes=served.held_bytes(),
+                in_use_bytes=(stats() or {}).get("bytes_in_use", 0),
+                loads=found.loads,
+            )
+            del engine
+            gc.collect()
 
 
 def main() -> None:
-    """Measure and write results/gpu_decode.json."""
+    """Measure one part or more."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--layers", type=int, default=SHAPE.num_layers, help="fewer for a quick look")
+    parser.add_argument("--part", nargs="+", default=["ratio"], choices=("ratio", "split", "gap", "slots"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128, 256], help="also 4, 16, 64")
+    parser.add_argument("--transformers", action="store_true", help="as peers, in a process of its own")
+    parser.add_argument("--compiled", type=int, nargs="*", default=[1], help="batches that torch.compile is tried at")
+    parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script without a GPU")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    c = shape(args.layers, args.tiny)
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        bandwidth = copy_bandwidth()
-        measure(replace(SHAPE, num_layers=args.layers), sorted(args.batch), rows, bandwidth)
-    title = "Decode, Llama-2-7B shape, bf16"
-    table = Table("case", "batch", "ms a step", "over dense", "over bytes limit", title=title)
-    for row in rows:
-        figures = (f"{row[name]:.2f}" for name in ("ms", "over_dense", "over_limit"))
-        table.add_row(row["case"], str(row["batch"]), *figures)
-    Console().print(table)
-    write_results("gpu_decode", layers=args.layers, copy_bandwidth=bandwidth, rows=rows)
+        if "ratio" in args.part:
+            results = Rows("gpu_decode", layers=args.layers)
+            results.tell(copy_bandwidth=copy_bandwidth(), matmul_rate=matmul_rate())
+            ratios(results, c, args)
+        parts = Rows("gpu_decode_split", layers=args.layers)
+        if "split" in args.part:
+            split(parts, c, args.batch)
+        experts = script(load_streams(STREAMS, "best"), c.vocab_size)
+        if "gap" in args.part:
+            steady = np.zeros_like(experts)
+            gap(parts, Served(c, steady, Limits(1, CONTEXT, chunks=(64,), decode=(1,), prompts=(CONTEXT,))))
+        if "slots" in args.part:
+            rows = 4
+            limits = Limits(rows, CONTEXT, chunks=(64,), decode=(rows,), prompts=(CONTEXT,))
+            slots(Rows("gpu_decode_slots", layers=args.layers, rows_at_once=rows), Served(c, experts, limits), rows)
 
 
 if __name__ == "__main__":

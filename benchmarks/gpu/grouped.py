@@ -1,95 +1,208 @@
 """Grouped feed-forward back ends on one GPU, Llama-2-7B's widths, bf16: `python benchmarks/gpu/grouped.py`.
 
-Ratios are to one dense feed-forward of the same arithmetic (one expert's width over all rows), in the same run.
-`static` knows the segments' sizes when it is compiled, and runs each as a dense matmul: no back end that learns them at
-run time can be faster by much. `kernel` is what the model uses.
+Ratios are to one dense feed-forward of the same arithmetic (one expert's width over all rows), in the same run,
+`over_bytes` to the time that the weights of the experts present take at the run's copy bandwidth; `temp_mb` is what a
+program takes beside arguments and results (`memory_analysis`). Rows are sorted beforehand, as a model does it once a
+batch.
+
+  kernel  what the model uses in prefill and training (below 256 rows: every expert over all rows, masked)
+  decode  what a decode step uses, up to 256 rows
+  static  knows the segments' sizes when it is compiled, and runs each as a dense matmul
+  ragged  `jax.lax.ragged_dot` over stacked weights;  mosaic  JAX's own example kernel of it for Hopper, forward
+
+`--tune` measures tiles of our kernel instead, and prints the best of each size.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _measure import Rows, copy_bandwidth, matmul_rate, seconds_in_a_row
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-from _report import write_results
-from decode import seconds_of
+from readme_jax.models.grouped_gpu import Tiles, grouped_swiglu
+from readme_jax.models.runtime import Runtime
+from readme_jax.models.segments import FEW_ROWS, Backend, Expert, grouped_ffn, plan_routes
+from readme_jax.serving.decode import expert_columns, plan_rows
 
-from readme_jax.models.segments import Expert, grouped_ffn, plan_routes
+EXPERTS = 7
+BACKENDS = ("kernel", "decode", "static", "ragged", "mosaic")
+THREADS = 12  # programs compiled at once
+Array = jax.Array
+Function = Callable[[Array, list[Expert], Any], Array]  # rows [N, D], experts present, plan of routes -> [N, D]
 
-WIDTH, OWN, EXPERTS = 4096, 5504, 7
 
-
-def dense(x: jax.Array, w: Expert) -> jax.Array:
+def dense(x: Array, w: Expert) -> Array:
     """One expert over all rows."""
     return (jax.nn.silu(x @ w.gate.T) * (x @ w.up.T)) @ w.down.T
 
 
-def time_of(function: Any, *arguments: Any, calls: int = 10) -> float:
-    """Seconds of a call among `calls` in a row."""
-    jitted = jax.jit(function)
-
-    def several() -> Any:
-        for _ in range(calls):
-            out = jitted(*arguments)
-        return out
-
-    return seconds_of(several, 3) / calls
+def routes_of(rows: int, present: int) -> Array:
+    """[rows, 1]: experts in equal parts, mixed."""
+    return jnp.asarray(np.random.default_rng(0).permutation(np.arange(rows) * present // rows)[:, None], jnp.int32)
 
 
-def measure(rows: int, present: int, weights: list[Expert], backward: bool) -> list[dict[str, Any]]:
-    """A row a back end."""
-    x = jax.random.normal(jax.random.key(rows), (rows, WIDTH), jnp.bfloat16)
-    rng = np.random.default_rng(0)
-    routes = jnp.asarray(rng.permutation(np.arange(rows) * present // rows)[:, None], jnp.int32)
-    sizes = np.bincount(np.asarray(routes[:, 0]), minlength=present)
+def backend_of(name: str, routes: Array, present: int) -> tuple[Function, Any]:
+    """A back end and its plan."""
+    plan = plan_routes(routes, present)
 
-    def static(x: jax.Array, weights: list[Expert]) -> jax.Array:
-        parts = np.split(np.arange(rows), np.cumsum(sizes)[:-1])
-        return jnp.concatenate([dense(x[p[0] : p[-1] + 1], w) for p, w in zip(parts, weights, strict=False)])
+    def static(x: Array, weights: list[Expert], plan: Any, sizes: Any) -> Array:
+        ends = np.cumsum(sizes)
+        parts = [dense(x[e - n : e], w) for e, n, w in zip(ends, sizes, weights, strict=True)]
+        return jnp.concatenate(parts)
 
-    def grouped(backend: Any) -> Any:
-        return lambda x, weights: grouped_ffn(x, plan_routes(routes, len(weights)), weights, backend)
+    def decode(x: Array, weights: list[Expert], plan: Any) -> Array:
+        return expert_columns(x.T, plan, weights, Runtime(segments="kernel")).T
 
-    def passes(function: Any) -> Any:
-        if not backward:
-            return function
-        return jax.grad(lambda x, w: function(x, w).astype(jnp.float32).sum(), argnums=(0, 1))
+    def mosaic(x: Array, weights: list[Expert], plan: Any) -> Array:
+        from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
-    base = time_of(passes(lambda x, w: dense(x, w[0])), x, weights[:1])
-    cases = {"static": static, "kernel": grouped("kernel"), "masked": grouped("masked")}
-    if rows >= 256 and not backward:
-        cases["ragged_dot"] = grouped("ragged")
-    found = [{"rows": rows, "experts": present, "backend": "dense", "ratio": 1.0, "us": 1e6 * base}]
-    for name, function in cases.items():
-        took = time_of(passes(function), x, weights if name != "static" else weights[:present])
-        found.append({"rows": rows, "experts": present, "backend": name, "ratio": took / base, "us": 1e6 * took})
-    for row in found:
-        row["pass"] = "forward_backward" if backward else "forward"
-        print(row, flush=True)
-    return found
+        gate, up, down = (jnp.stack(w) for w in zip(*weights, strict=True))
+
+        def product(x: Array, w: Array) -> Array:
+            blocks = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 8}
+            return ragged_dot(x, w, group_sizes=plan.sizes, transpose_rhs=True, **blocks)
+
+        x = x[plan.order]
+        return product(jax.nn.silu(product(x, gate)) * product(x, up), down)[plan.inverse[:, 0]]
+
+    if name == "static":
+        return functools.partial(static, sizes=np.bincount(np.asarray(routes[:, 0]))), None
+    if name == "decode":
+        ones, active = jnp.ones(routes.shape, jnp.float32), jnp.ones(routes.shape[0], bool)
+        return decode, plan_rows(routes, ones, jnp.arange(present), active)[0]
+    if name == "mosaic":
+        return mosaic, plan
+    backend: Backend = "ragged" if name == "ragged" else "kernel"
+    return lambda x, weights, plan: grouped_ffn(x, plan, weights, backend), plan
+
+
+def gradients(function: Function) -> Function:
+    """Forward and backward in place of forward."""
+    return jax.grad(lambda x, w, plan: function(x, w, plan).astype(jnp.float32).sum(), argnums=(0, 1))
+
+
+def compiled_in_threads(jobs: dict[Any, tuple[Function, tuple[Any, ...]]]) -> dict[Any, Any]:
+    """Programs by key; those that do not compile are left out, with a line that says why."""
+
+    def build(job: tuple[Function, tuple[Any, ...]]) -> Any:
+        try:
+            return jax.jit(job[0]).lower(*job[1]).compile()
+        except Exception as error:  # of one back end or tile: the others are still measured
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(jobs, pool.map(build, jobs.values()), strict=True))
+    for key, program in found.items():
+        if isinstance(program, Exception):
+            print({"failed": str(key), "why": str(program).strip().splitlines()[0][:200]}, flush=True)
+    return {key: program for key, program in found.items() if not isinstance(program, Exception)}
+
+
+def wanted(backend: str, rows: int, present: int, backward: bool) -> bool:
+    """Which cases say something: slow or forward-only back ends are left out where they do not."""
+    if backend == "decode":
+        return rows <= FEW_ROWS and not backward
+    if backend in ("ragged", "mosaic"):
+        return rows >= 2048 and present == EXPERTS and not backward
+    return backend != "static" or rows >= FEW_ROWS
+
+
+def measure(results: Rows, args: argparse.Namespace, rows: int, weights: list[Expert], backward: bool) -> None:
+    """A row a back end and number of experts, of one number of rows and pass."""
+    x = jax.random.normal(jax.random.key(rows), (rows, weights[0].gate.shape[1]), jnp.bfloat16)
+    passes = gradients if backward else lambda function: function
+    jobs = {("dense", 1): (passes(lambda x, w, plan: dense(x, w[0])), (x, weights[:1], None))}
+    for present, name in itertools.product(args.experts, args.backends):
+        if present <= rows and wanted(name, rows, present, backward):
+            function, plan = backend_of(name, routes_of(rows, present), present)
+            jobs[name, present] = (passes(function), (x, weights[:present], plan))
+    base = 0.0
+    for (name, present), program in compiled_in_threads(jobs).items():
+        took = seconds_in_a_row(lambda p=program, a=jobs[name, present][1]: p(*a))
+        base = base or took
+        bytes_ = present * sum(w.nbytes for w in weights[0])
+        results.add(
+            **{
+                "rows": rows,
+                "experts": present,
+                "backend": name,
+                "pass": "forward_backward" if backward else "forward",
+            },
+            ratio=took / base,
+            us=1e6 * took,
+            over_bytes=took * results.about["copy_bandwidth"] / bytes_,
+            temp_mb=program.memory_analysis().temp_size_in_bytes / 2**20,
+        )
+
+
+def tune(rows: int, weights: list[Expert], backward: bool) -> None:
+    """Tiles of our kernel, all experts present."""
+    x = jax.random.normal(jax.random.key(rows), (rows, weights[0].gate.shape[1]), jnp.bfloat16)
+    plan = plan_routes(routes_of(rows, EXPERTS), EXPERTS)
+    passes = gradients if backward else lambda function: function
+    interpret = jax.default_backend() == "cpu"
+    tall = [
+        Tiles(128, 128, *rest) for rest in [(64, 8, 8, 3), (64, 8, 8, 4), (64, 16, 8, 4), (64, 4, 8, 4), (32, 8, 8, 6)]
+    ]
+    low = [Tiles(64, 128, *rest) for rest in [(64, 8, 4, 3), (64, 8, 4, 4), (64, 16, 8, 4), (128, 8, 4, 2)]]
+    narrow = [Tiles(128, 64, 64, 8, 4, 4), Tiles(256, 64, 64, 8, 8, 4)]
+
+    def kernel(tiles: Tiles) -> Function:
+        return passes(lambda x, w, plan: grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, w, tiles, interpret))
+
+    jobs: dict[Any, Any] = {"dense": (passes(lambda x, w, plan: dense(x, w[0])), (x, weights[:1], None))}
+    jobs |= {tiles: (kernel(tiles), (x, weights, plan)) for tiles in [*low, *([] if rows < 1024 else [*tall, *narrow])]}
+    programs = compiled_in_threads(jobs)
+    took = {key: seconds_in_a_row(lambda p=p, a=jobs[key][1]: p(*a)) for key, p in programs.items()}
+    base = took.pop("dense")
+    print(
+        f"--- {rows} rows, {'forward and backward' if backward else 'forward'}, dense {1e6 * base:.0f} us", flush=True
+    )
+    for tiles, seconds in sorted(took.items(), key=lambda pair: pair[1]):
+        print(f"{seconds / base:.3f}  {tiles}", flush=True)
 
 
 def main() -> None:
     """Measure and write results/gpu_grouped.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 512, 2048, 8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 2048, 32, 256, 1, 512])
+    parser.add_argument("--experts", type=int, nargs="+", default=[1, 4, EXPERTS])
+    parser.add_argument("--backends", nargs="+", default=["kernel", "decode", "static", "ragged"], choices=BACKENDS)
+    parser.add_argument("--passes", nargs="+", default=["forward", "backward"], choices=("forward", "backward"))
+    parser.add_argument("--seconds", type=float, default=140, help="after which no further number of rows is begun")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--widths", type=int, nargs=2, default=[4096, 5504], help="model and expert; for a quick look")
     args = parser.parse_args()
+    began = time.perf_counter()
+    width, own = args.widths
     keys = iter(jax.random.split(jax.random.key(0), 3 * EXPERTS))
 
-    def matrix(*shape: int) -> jax.Array:
+    def matrix(*shape: int) -> Array:
         return 0.02 * jax.random.normal(next(keys), shape, jnp.bfloat16)
 
-    weights = [Expert(matrix(OWN, WIDTH), matrix(OWN, WIDTH), matrix(WIDTH, OWN)) for _ in range(EXPERTS)]
-    rows = [row for n in args.rows for present in (1, 4, 7) for row in measure(n, present, weights, False)]
-    rows += [row for n in args.rows if n >= 2048 for row in measure(n, 7, weights, True)]
-    write_results("gpu_grouped", rows=rows)
+    weights = [Expert(matrix(own, width), matrix(own, width), matrix(width, own)) for _ in range(EXPERTS)]
+    results = Rows("gpu_grouped")
+    if not args.tune:
+        results.tell(copy_bandwidth=copy_bandwidth(), matmul_rate=matmul_rate())
+    for rows, each in itertools.product(args.rows, args.passes):
+        if time.perf_counter() - began > args.seconds:
+            print(f"{args.seconds:.0f} s are over: the rest was not begun", flush=True)
+            break
+        if each == "backward" and rows < 2048:
+            continue
+        if args.tune:
+            tune(rows, weights, each == "backward")
+        else:
+            measure(results, args, rows, weights, each == "backward")
 
 
 if __name__ == "__main__":

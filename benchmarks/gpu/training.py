@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+from _measure import matmul_rate
 from _report import write_results
-from prefill import matmul_rate
 
 from readme_jax.checkpoints.known import shape_of
 from readme_jax.config import ExpertStage, Mesh, MixtureConfig, Model, Tuning

@@ -53,7 +53,8 @@ def _refactor(loaded: LoadedRun, resume: bool, compare: bool, prompt: str | None
     summary = _execute(loaded, resume)
     run = loaded.run
     if compare:
-        baseline = execute(dense_slice(run), resume)
+        dense = {domain: row["dense"] for domain, row in summary["domains"].items()}
+        baseline = execute(dense_slice(run), resume, dense)
         for domain, row in summary["domains"].items():
             row[SLICE] = baseline["domains"][domain]["tuned"]
         summary["geo_mean"][SLICE] = baseline["geo_mean"]["tuned"]

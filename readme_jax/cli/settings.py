@@ -33,7 +33,7 @@ SECTIONS: dict[str, type] = {
 }
 _BOUND: dict[type, Any] = {c: gin.external_configurable(c, module="readme_jax") for c in SECTIONS.values()}
 _RUN = gin.external_configurable(config.Run, module="readme_jax", denylist=list(SECTIONS))
-_SERVING = gin.external_configurable(config.Serving, module="readme_jax")
+_SERVING = gin.external_configurable(config.Serving, module="readme_jax", denylist=["mesh"])
 _GIN_ERRORS = (ValueError, SyntaxError, ImportError, AttributeError, NameError, TypeError)
 _INCLUDE = re.compile(r"""\s*include\s+(['"])(.+)\1\s*(#.*)?$""")
 _LOCK = threading.Lock()  # gin's bindings are global
@@ -61,9 +61,10 @@ def load(gin_files: Sequence[str | Path] = (), gin_params: Sequence[str] = ()) -
 
 
 def load_serving(gin_files: Sequence[str | Path] = (), gin_params: Sequence[str] = ()) -> config.Serving:
-    """The serving engine's settings of gin files and bindings (`Serving.rows = 8`). Raises as `load` does."""
+    """The serving engine's settings of gin files and bindings (`Serving.rows = 8`, `Mesh.tensor = 2`). Raises as `load`
+    does."""
     with _parsed(gin_files, gin_params):
-        return _plain(_SERVING())
+        return _plain(_SERVING(mesh=_plain(_BOUND[config.Mesh]())))
 
 
 @contextmanager

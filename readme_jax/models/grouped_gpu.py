@@ -1,7 +1,8 @@
 """Grouped SwiGLU on a GPU, forward and backward: kernels (Pallas, lowered through Triton) over blocks of one expert.
 
 Segments are padded to whole blocks of rows, so a block has one expert, whose own arrays it reads: no stacked weights,
-no arithmetic for experts without rows. The forward pass gathers rows as it reads them.
+no arithmetic for experts without rows. Rows are gathered as kernels read them and scattered as they write them: no
+sorted copy of activations or of their gradients exists.
 
 # N tokens, K experts a token, M = N*K pairs, E experts, D model width, d expert width, b rows a block, n blocks,
 # T = n*b rows with padding
@@ -19,44 +20,42 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 Array = jax.Array
+Join = Callable[..., tuple[Array, ...]]
 
 
 class Tiles(NamedTuple):
-    """A kernel's tiles: rows, output columns, depth of a step; row blocks that share weights in the L2 cache."""
+    """A kernel's tiles: rows, output columns (a tile of one product is two of these side by side, so that registers
+    hold as much), depth of a step; row blocks that share weights in the L2 cache; how Triton runs them."""
 
     rows: int = 128
     columns: int = 128
     depth: int = 64
     group: int = 8
+    warps: int = 8
+    stages: int = 4
 
 
 class Blocks(NamedTuple):
     """Which rows each block has: its expert [n] (E: none); of each row the pair n*K + k [T] and whether there is one
-    [T]; the row of each pair [M], and whether sizes cover it [M]."""
+    [T]; whether sizes cover each pair [M]."""
 
     expert: Array
     pairs: Array
     real: Array
-    place: Array
     covered: Array
 
-    def of_pairs(self, rows: Array) -> Array:
-        """Rows [T, D] in the order of pairs, [M, D]; zeros where sizes do not cover them."""
-        return jnp.where(self.covered[:, None], jnp.take(rows, self.place, axis=0, mode="clip"), 0)
 
+class Rows(NamedTuple):
+    """Rows that a kernel reads: a block's own, [T, columns], or with `pairs` those of pairs // `pairs`: 1 for an array
+    of pairs, K for one of tokens."""
 
-class Term(NamedTuple):
-    """A product that a kernel sums up: rows [T, depth] times each expert's weights, [columns, depth] or, `across`,
-    [depth, columns]."""
-
-    rows: Array
-    weights: Sequence[Array]
-    across: bool = False
+    array: Array
+    pairs: int = 0
 
 
 def tiles_for(pairs: int) -> Tiles:
     """Fewer rows a block where padding would cost more than it gains."""
-    return Tiles() if pairs >= 2048 else Tiles(rows=64)
+    return Tiles() if pairs >= 2048 else Tiles(rows=64, warps=4)
 
 
 def block_rows(slots: Array, inverse: Array, sizes: Array, rows: int) -> Blocks:
@@ -66,19 +65,16 @@ def block_rows(slots: Array, inverse: Array, sizes: Array, rows: int) -> Blocks:
     held = (sizes + rows - 1) // rows
     ends, stops = jnp.cumsum(held), jnp.cumsum(sizes)
     padding = (ends - held) * rows - (stops - sizes)  # rows of padding before each expert's first
-    expert = jnp.searchsorted(ends, jnp.arange(count), side="right").astype(jnp.int32)
+    expert = jnp.sum(ends <= jnp.arange(count)[:, None], axis=1, dtype=jnp.int32)  # searchsorted loops on the device
     of = jnp.repeat(expert, rows)
     inside = jnp.minimum(of, experts - 1)
     source = jnp.arange(count * rows) - padding[inside]
     real = (of < experts) & (source < stops[inside])
-    owner = jnp.minimum(jnp.searchsorted(stops, inverse, side="right"), experts - 1)
     found = slots[jnp.where(real, source, 0)]
-    return Blocks(
-        expert, jnp.where(real, found, 0).astype(jnp.int32), real, inverse + padding[owner], inverse < stops[-1]
-    )
+    return Blocks(expert, jnp.where(real, found, 0).astype(jnp.int32), real, inverse < stops[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))  # so that layers share a trace
 def grouped_swiglu(
     x: Array, slots: Array, inverse: Array, sizes: Array, experts: list[Any], tiles: Tiles, interpret: bool = False
 ) -> Array:
@@ -87,11 +83,18 @@ def grouped_swiglu(
     experts: E `Expert`s (gate [d, D], up [d, D], down [D, d]); sizes need not cover all pairs.
     `interpret` runs the kernels' equations without a GPU.
     """
+    return _grouped(x, slots, inverse, sizes, experts, tiles, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _grouped(
+    x: Array, slots: Array, inverse: Array, sizes: Array, experts: list[Any], tiles: Tiles, interpret: bool
+) -> Array:
     blocks = block_rows(slots, inverse.reshape(-1), sizes, tiles.rows)
     gates, ups, downs = zip(*experts, strict=True)
-    (h,) = _run(blocks, tiles, [Term(x, gates), Term(x, ups)], _swiglu, (), inverse.shape[1], interpret=interpret)
-    (y,) = _run(blocks, _wide(tiles), [Term(h, downs)], _same, (), interpret=interpret)
-    return blocks.of_pairs(y)
+    run = functools.partial(_run, blocks, tiles, interpret)
+    (h,) = run([Rows(x, inverse.shape[1])], [gates, ups], _swiglu)
+    return _covered(run([Rows(h)], [downs], _same, scatter=True)[0], blocks)
 
 
 def _forward(
@@ -99,29 +102,32 @@ def _forward(
 ) -> tuple[Array, Any]:
     blocks = block_rows(slots, inverse.reshape(-1), sizes, tiles.rows)
     gates, ups, downs = zip(*experts, strict=True)
-    terms = [Term(x, gates), Term(x, ups)]
-    h, gate, up = _run(blocks, tiles, terms, _swiglu_and_inputs, (), inverse.shape[1], outputs=3, interpret=interpret)
-    (y,) = _run(blocks, _wide(tiles), [Term(h, downs)], _same, (), interpret=interpret)
-    return blocks.of_pairs(y), (x, inverse, experts, blocks, gate, up)
+    run = functools.partial(_run, blocks, tiles, interpret)
+    h, gate, up = run([Rows(x, inverse.shape[1])], [gates, ups], _swiglu_and_inputs, outputs=3)
+    y = _covered(run([Rows(h)], [downs], _same, scatter=True)[0], blocks)
+    return y, (x, inverse, experts, blocks, gate, up)
 
 
 def _backward(tiles: Tiles, interpret: bool, saved: Any, dy: Array) -> tuple[Any, ...]:
     x, inverse, experts, blocks, gate, up = saved
     gates, ups, downs = zip(*experts, strict=True)
-    top_k = inverse.shape[1]
-    rows = x[blocks.pairs // top_k]
-    dy = jnp.where(blocks.real[:, None], dy[blocks.pairs], 0)  # padding adds nothing to any sum
-    terms = [Term(dy, downs, across=True)]
-    d_gate, d_up, h = _run(blocks, tiles, terms, _swiglu_backward, (gate, up), outputs=3, interpret=interpret)
-    terms = [Term(d_gate, gates, across=True), Term(d_up, ups, across=True)]
-    (dx,) = _run(blocks, tiles, terms, _sum, (), interpret=interpret)
-    dx = blocks.of_pairs(dx).reshape(*inverse.shape, -1).sum(1).astype(x.dtype)
-    sums = functools.partial(_outer, blocks, tiles, interpret=interpret, like=experts)
-    parts = zip(sums(d_gate, rows), sums(d_up, rows), sums(dy, h), strict=True)
+    run = functools.partial(_run, blocks, tiles, interpret, across=True)
+    d_gate, d_up, h = run([Rows(dy, 1)], [downs], _swiglu_backward, beside=(gate, up), outputs=3)
+    (dx,) = run([Rows(d_gate), Rows(d_up)], [gates, ups], _same, scatter=True)
+    dx = _covered(dx, blocks).reshape(*inverse.shape, -1).sum(1).astype(x.dtype)
+    outer, tokens = functools.partial(_outer, blocks, tiles, interpret, len(experts)), Rows(x, inverse.shape[1])
+    parts = zip(
+        outer(Rows(d_gate), tokens), outer(Rows(d_up), tokens), outer(Rows(dy, 1), Rows(h)), strict=True
+    )  # padding adds nothing: h and the gradients are zero there
     return dx, None, None, None, [type(e)(*part) for e, part in zip(experts, parts, strict=True)]
 
 
-grouped_swiglu.defvjp(_forward, _backward)
+_grouped.defvjp(_forward, _backward)
+
+
+def _covered(pairs: Array, blocks: Blocks) -> Array:
+    """[M, D], which kernels have written where sizes cover it, with zeros elsewhere."""
+    return jnp.where(blocks.covered[:, None], pairs, 0)
 
 
 # --- what is done with sums of a tile, float32 --------------------------------------------------------------------
@@ -144,16 +150,7 @@ def _same(x: Array) -> tuple[Array, ...]:
     return (x,)
 
 
-def _sum(x: Array, y: Array) -> tuple[Array, ...]:
-    return (x + y,)
-
-
 # --- rows times the weights of their experts ----------------------------------------------------------------------
-
-
-def _wide(tiles: Tiles) -> Tiles:
-    """Of a kernel with one sum: twice the columns."""
-    return tiles._replace(columns=2 * tiles.columns)
 
 
 def _fitting(size: int, most: int) -> int:
@@ -161,85 +158,191 @@ def _fitting(size: int, most: int) -> int:
     return min(most, size & -size)
 
 
+def _tile(size: int, most: int, parts: int = 1) -> tuple[int, int]:
+    """Columns of a tile, a power of two of at most `most`, and how many tiles side by side, at most `parts`: the
+    largest whose multiples over `size` columns waste an eighth at most."""
+    tile = most * parts
+    while 8 * pl.cdiv(size, tile) * tile > 9 * size:
+        tile //= 2
+    return min(tile, most), max(tile // most, 1)
+
+
+class _Columns(NamedTuple):
+    """Columns [first, first + tile) of arrays of `size`: those past the end are read as zeros and not written."""
+
+    first: Any
+    tile: int
+    size: int
+
+    @property
+    def here(self) -> Any:
+        return pl.ds(self.first, self.tile)
+
+    def mask(self, shape: tuple[int, ...], axis: int) -> Array | None:
+        """Which of a tile's entries exist; None: all."""
+        if self.size % self.tile == 0:
+            return None
+        real = self.first + jnp.arange(self.tile) < self.size
+        return jax.lax.broadcast_in_dim(real, shape, (axis,))
+
+
+def _of(pairs: Array, each: int) -> Array:
+    """pairs // each, none of which is negative."""
+    return pairs if each == 1 else jax.lax.div(pairs, jnp.full_like(pairs, each))
+
+
+def _read(ref: Any, rows: Any, columns: Any, mask: Array | None) -> Array:
+    """A tile: rows and columns are spans (`pl.ds`) or arrays of indices."""
+    if mask is None:
+        return ref[rows, columns]
+    return triton.load(ref.at[_indices(rows, columns)], mask=mask, other=0.0)
+
+
+def _write(ref: Any, rows: Any, columns: Any, value: Array, mask: Array | None) -> None:
+    if mask is None:
+        ref[rows, columns] = value
+    else:
+        triton.store(ref.at[_indices(rows, columns)], value, mask=mask)
+
+
+def _indices(*axes: Any) -> tuple[Array, ...]:
+    """Of every entry of a tile: the form that masked loads take without a GPU, too."""
+    each = [a.start + jnp.arange(a.size) if isinstance(a, pl.Slice) else a for a in axes]
+    shape = tuple(a.shape[0] for a in each)
+    return tuple(jax.lax.broadcast_in_dim(a, shape, (axis,)) for axis, a in enumerate(each))
+
+
 def _run(
     blocks: Blocks,
     tiles: Tiles,
-    terms: list[Term],
-    join: Callable[..., tuple[Array, ...]],
-    beside: Sequence[Array],
-    top_k: int = 0,
+    interpret: bool,
+    rows: list[Rows],
+    weights: list[Sequence[Array]],
+    join: Join,
+    beside: Sequence[Array] = (),
     outputs: int = 1,
-    interpret: bool = False,
+    across: bool = False,
+    scatter: bool = False,
 ) -> tuple[Array, ...]:
-    """`outputs` arrays [T, columns]: `join` of the terms' products and of `beside` [T, columns]. With `top_k` the
-    terms' rows are tokens', [N, depth], gathered as they are read."""
-    count, depth = blocks.expert.shape[0], terms[0].rows.shape[1]
-    columns = terms[0].weights[0].shape[1 if terms[0].across else 0]
-    tiles = tiles._replace(columns=_fitting(columns, tiles.columns), depth=_fitting(depth, tiles.depth))
-    shape = jax.ShapeDtypeStruct((count * tiles.rows, columns), terms[0].rows.dtype)
-    weights = [w for term in terms for w in term.weights]
-    rows: list[Array] = []  # those of each term, once where terms share them: a kernel reads them once too
-    for term in terms:
-        if not any(term.rows is r for r in rows):
-            rows.append(term.rows)
+    """`outputs` arrays [T, columns] or, with `scatter`, of pairs, [M, columns]: `join` of the products' sums and of
+    `beside` [T, columns].
+
+    Rows are multiplied with each of `weights`, which are E arrays [columns, depth] or, `across`, [depth, columns]; of
+    several rows the products are summed up. In [T, columns] a block's padding is zeros; blocks of no expert are not
+    written.
+    """
+    count, depth = blocks.expert.shape[0], rows[0].array.shape[1]
+    columns = weights[0][0].shape[1 if across else 0]
+    alone = (len(weights) == 1 or len(rows) > 1) and not beside
+    tile, parts = _tile(columns, tiles.columns, 2 if alone else 1)
+    tiles = tiles._replace(columns=tile, depth=_fitting(depth, tiles.depth))
+    height = blocks.covered.shape[0] if scatter else blocks.pairs.shape[0]
     body = functools.partial(
-        _rows_kernel, tiles=tiles, depth=depth, across=terms[0].across, join=join, outputs=outputs, top_k=top_k
+        _rows_kernel,
+        tiles=tiles,
+        pairs=[r.pairs for r in rows],
+        experts=len(weights[0]),
+        products=len(weights),
+        columns=columns,
+        parts=parts,
+        across=across,
+        join=join,
+        outputs=outputs,
+        scatter=scatter,
     )
     return pl.pallas_call(
-        functools.partial(body, terms=len(terms), shared=len(rows) < len(terms), experts=len(terms[0].weights)),
-        grid=(count * (columns // tiles.columns),),
-        out_shape=(shape,) * outputs,
-        compiler_params=triton.CompilerParams(num_warps=8 if tiles.rows > 64 else 4, num_stages=3),
+        body,
+        grid=(count * pl.cdiv(columns, tile * parts),),
+        out_shape=(jax.ShapeDtypeStruct((height, columns), rows[0].array.dtype),) * outputs,
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"grouped_{join.__name__.strip('_')}",
-    )(blocks.expert, blocks.pairs, *rows, *weights, *beside)
+    )(
+        blocks.expert,
+        blocks.pairs,
+        blocks.real,
+        *(r.array for r in rows),
+        *(w for each in weights for w in each),
+        *beside,
+    )
 
 
 def _rows_kernel(
     expert_ref: Any,
     pairs_ref: Any,
+    real_ref: Any,
     *refs: Any,
     tiles: Tiles,
-    depth: int,
-    across: bool,
-    join: Callable[..., tuple[Array, ...]],
-    outputs: int,
-    top_k: int,
-    terms: int,
-    shared: bool,
+    pairs: list[int],
     experts: int,
+    products: int,
+    columns: int,
+    parts: int,
+    across: bool,
+    join: Join,
+    outputs: int,
+    scatter: bool,
 ) -> None:
     """One tile. Groups of row blocks run through all columns together, so that weights stay in the L2 cache."""
-    sources = 1 if shared else terms
-    rows_refs, weights = refs[:sources], refs[sources : sources + terms * experts]
-    beside, outs = refs[sources + terms * experts : -outputs], refs[-outputs:]
-    count = expert_ref.shape[0]
-    run = tiles.group * (pl.num_programs(0) // count)
-    program = pl.program_id(0)
-    group, inside = program // run, program % run
-    size = jnp.minimum(count - group * tiles.group, tiles.group)
-    i, j = group * tiles.group + inside % size, inside // size
-    here = (pl.ds(i * tiles.rows, tiles.rows), pl.ds(j * tiles.columns, tiles.columns))
-    rows = pairs_ref[here[0]] // top_k if top_k else here[0]
+    rows_refs, weights = refs[: len(pairs)], refs[len(pairs) : len(pairs) + products * experts]
+    beside, outs = refs[len(pairs) + products * experts : -outputs], refs[-outputs:]
+    i, j = _place(expert_ref.shape[0], tiles.group)
+    own = pl.ds(i * tiles.rows, tiles.rows)
+    here = [_Columns((j * parts + p) * tiles.columns, tiles.columns, columns) for p in range(parts)]
+    real = real_ref[own]
+    at = [own if of == 0 else _of(pairs_ref[own], of) for of in pairs]
 
     def tile(e: int) -> None:
-        def step(k: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            part = pl.ds(k * tiles.depth, tiles.depth)
-            xs = [ref[rows, part] for ref in rows_refs]
-            products = []
-            for term in range(terms):
-                w = weights[term * experts + e]
-                x = xs[0 if shared else term]
-                products.append(_dot(x, w[part, here[1]]) if across else _dot(x, w[here[1], part].T))
-            return tuple(total + product for total, product in zip(sums, products, strict=True))
-
-        zeros = (jnp.zeros((tiles.rows, tiles.columns), jnp.float32),) * terms
-        sums = jax.lax.fori_loop(0, depth // tiles.depth, step, zeros)
-        for out, value in zip(outs, join(*sums, *(ref[here].astype(jnp.float32) for ref in beside)), strict=True):
-            out[here] = value.astype(out.dtype)
+        sums = _sums(rows_refs, at, weights[e::experts], tiles, here, across)
+        each = len(sums) // parts
+        for p, part in enumerate(here):
+            mask = part.mask((tiles.rows, tiles.columns), 1)
+            others = (_read(ref, own, part.here, mask).astype(jnp.float32) for ref in beside)
+            for out, value in zip(outs, join(*sums[p * each : (p + 1) * each], *others), strict=True):
+                value = jnp.where(real[:, None], value, 0).astype(out.dtype)
+                if scatter:
+                    found = jax.lax.broadcast_in_dim(real, value.shape, (0,))
+                    places = jnp.where(real, pairs_ref[own], out.shape[0])
+                    _write(out, places, part.here, value, found if mask is None else found & mask)
+                else:
+                    _write(out, own, part.here, value, mask)
 
     for e in range(experts):
         pl.when(expert_ref[i] == e)(functools.partial(tile, e))
+
+
+def _place(count: int, group: int) -> tuple[Array, Array]:
+    """Row block and column tile of this program, of `count` blocks in groups."""
+    program, run = pl.program_id(0), group * (pl.num_programs(0) // count)
+    first, inside = program // run * group, program % run
+    size = jnp.minimum(count - first, group)
+    return first + inside % size, inside // size
+
+
+def _sums(
+    rows: Sequence[Any], at: list[Any], weights: Sequence[Any], tiles: Tiles, here: list[_Columns], across: bool
+) -> tuple[Array, ...]:
+    """For each part of the columns: the products of one array of rows with each of the weights, or the sum of those of
+    several with one each."""
+    shape = (tiles.depth, tiles.columns) if across else (tiles.columns, tiles.depth)
+
+    def weight(ref: Any, step: Any, part: _Columns) -> Array:
+        mask = part.mask(shape, 1 if across else 0)
+        return _read(ref, step, part.here, mask) if across else _read(ref, part.here, step, mask).T
+
+    def add(rows_ref: Any, at: Any, refs: Sequence[Any], k: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        step = pl.ds(k * tiles.depth, tiles.depth)
+        x = rows_ref[at, step]
+        products = [_dot(x, weight(ref, step, part)) for part in here for ref in refs]
+        return tuple(total + product for total, product in zip(sums, products, strict=True))
+
+    together = len(rows) == 1
+    zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    sums = (zeros,) * (len(here) * (len(weights) if together else 1))
+    for n, ref in enumerate(rows):
+        body = functools.partial(add, ref, at[n], weights if together else weights[n : n + 1])
+        sums = jax.lax.fori_loop(0, ref.shape[1] // tiles.depth, body, sums)
+    return sums
 
 
 def _dot(x: Array, y: Array) -> Array:
@@ -250,37 +353,58 @@ def _dot(x: Array, y: Array) -> Array:
 # --- gradients of weights -----------------------------------------------------------------------------------------
 
 
-def _outer(
-    blocks: Blocks, tiles: Tiles, left: Array, right: Array, interpret: bool, like: Sequence[Any]
-) -> tuple[Array, ...]:
+def _outer(blocks: Blocks, tiles: Tiles, interpret: bool, experts: int, left: Rows, right: Rows) -> tuple[Array, ...]:
     """left^T right over each expert's rows: [T, A] and [T, C] -> E arrays [A, C]."""
-    experts, shape = len(like), (left.shape[1], right.shape[1])
-    tall, wide = _fitting(shape[0], 128), _fitting(shape[1], tiles.columns)
-    first = jnp.searchsorted(blocks.expert, jnp.arange(experts + 1)).astype(jnp.int32)
+    shape = (left.array.shape[1], right.array.shape[1])
+    tall, _ = _tile(shape[0], tiles.columns)
+    wide, parts = _tile(shape[1], tiles.columns, 2)
+    first = jnp.sum(blocks.expert < jnp.arange(experts + 1)[:, None], axis=1, dtype=jnp.int32)
     return pl.pallas_call(
-        functools.partial(_outer_kernel, rows=tiles.rows, tall=tall, wide=wide),
-        grid=(shape[0] // tall, shape[1] // wide, experts),
-        out_shape=tuple(jax.ShapeDtypeStruct(shape, left.dtype) for _ in range(experts)),
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        functools.partial(
+            _outer_kernel, tiles=tiles, shape=shape, tile=(tall, wide), parts=parts, pairs=(left.pairs, right.pairs)
+        ),
+        grid=(pl.cdiv(shape[0], tall), pl.cdiv(shape[1], wide * parts), experts),
+        out_shape=tuple(jax.ShapeDtypeStruct(shape, left.array.dtype) for _ in range(experts)),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=tiles.stages),
         interpret=interpret,
         name="grouped_outer",
-    )(first, left, right)
+    )(first, blocks.pairs, left.array, right.array)
 
 
-def _outer_kernel(first_ref: Any, left_ref: Any, right_ref: Any, *outs: Any, rows: int, tall: int, wide: int) -> None:
+def _outer_kernel(
+    first_ref: Any,
+    pairs_ref: Any,
+    left_ref: Any,
+    right_ref: Any,
+    *outs: Any,
+    tiles: Tiles,
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    parts: int,
+    pairs: tuple[int, int],
+) -> None:
     """One tile of one expert's gradient."""
     i, j, e = (pl.program_id(axis) for axis in range(3))
-    here, step = (pl.ds(i * tall, tall), pl.ds(j * wide, wide)), 64
+    down = _Columns(i * tile[0], tile[0], shape[0])
+    here = [_Columns((j * parts + p) * tile[1], tile[1], shape[1]) for p in range(parts)]
 
-    def add(k: Array, total: Array) -> Array:
-        part = pl.ds(k * step, step)
-        return total + _dot(left_ref[part, here[0]].T, right_ref[part, here[1]])
+    def read(ref: Any, of: int, k: Array, part: _Columns) -> Array:
+        own = pl.ds(k * tiles.depth, tiles.depth)
+        return _read(ref, _of(pairs_ref[own], of) if of else own, part.here, part.mask((tiles.depth, part.tile), 1))
 
-    steps = rows // step
-    zeros = jnp.zeros((tall, wide), jnp.float32)
-    total = jax.lax.fori_loop(first_ref[e] * steps, first_ref[e + 1] * steps, add, zeros)
+    def add(k: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        left = read(left_ref, pairs[0], k, down).T
+        rights = [read(right_ref, pairs[1], k, part) for part in here]
+        return tuple(total + _dot(left, right) for total, right in zip(sums, rights, strict=True))
+
+    steps = tiles.rows // tiles.depth
+    zeros = (jnp.zeros(tile, jnp.float32),) * parts
+    sums = jax.lax.fori_loop(first_ref[e] * steps, first_ref[e + 1] * steps, add, zeros)
     for mine, out in enumerate(outs):
 
         @pl.when(e == mine)
         def _(out: Any = out) -> None:
-            out[here] = total.astype(out.dtype)
+            for part, total in zip(here, sums, strict=True):
+                masks = [m for m in (down.mask(tile, 0), part.mask(tile, 1)) if m is not None]
+                mask = functools.reduce(jnp.logical_and, masks) if masks else None
+                _write(out, down.here, part.here, total.astype(out.dtype), mask)

@@ -185,7 +185,7 @@ _collect.defvjp(lambda rows, slots, inverse: (_collect(rows, slots, inverse), sl
 
 
 def _masked(x: Array, plan: RoutePlan, experts: list[Expert]) -> Array:
-    chosen = jnp.searchsorted(jnp.cumsum(plan.sizes), plan.inverse, side="right")  # [N, K]
+    chosen = jnp.sum(jnp.cumsum(plan.sizes) <= plan.inverse[..., None], axis=-1)  # [N, K]; searchsorted is a loop
     weights = jnp.ones(chosen.shape, x.dtype) if plan.weights is None else plan.weights.astype(x.dtype)
     out = jnp.zeros_like(x)
     for e, w in enumerate(experts):

@@ -75,13 +75,17 @@ def partition_spec(*names: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lay an activation out by its logical axes. Raises ConfigError on an unknown axis or outside a mesh."""
+    """Lay an activation out by its logical axes; inside `jax.shard_map` it is a device's own already.
+
+    Raises ConfigError on an unknown axis or outside a mesh.
+    """
     spec = partition_spec(*names)
     if len(names) != x.ndim:
         raise ConfigError(f"{len(names)} axis names for an array of {x.ndim} dimensions")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         raise ConfigError("no mesh: run under jax.set_mesh(make_mesh(...))")
-    return _lay_out(x, spec)
+    return x if mesh.are_all_axes_manual else _lay_out(x, spec)
 
 
 def spread_weight(w: jax.Array, *names: str | None) -> jax.Array:

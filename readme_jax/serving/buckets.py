@@ -34,9 +34,10 @@ def doublings(largest: int, first: int, factor: int = 2) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
-def present_buckets(experts: int, top_k: int = 1) -> tuple[int, ...]:
+def present_buckets(experts: int, top_k: int = 1, ways: int = 1) -> tuple[int, ...]:
     """Numbers of experts a call is compiled for: 1, 2, 4, all of them, but no fewer than a token needs. (0,) for a
-    dense model."""
+    dense model. Where `ways` devices share the experts: numbers on each, of which a token may need none."""
+    experts, top_k = -(-experts // ways), top_k if ways == 1 else 1
     return (*(n for n in (1, 2, 4) if top_k <= n < experts), experts)
 
 
@@ -87,14 +88,14 @@ def limits_for(rows: int, length: int, chunk: int, platform: str) -> Limits:
     return Limits(rows, length, **{name: sizes if sizes[0] < sizes[1] else sizes[1:] for name, sizes in few.items()})
 
 
-def decode_shapes(limits: Limits, experts: int, top_k: int) -> list[tuple[int, int]]:
-    """(B, P) of every decode program, ascending in B.
+def decode_shapes(limits: Limits, experts: int, top_k: int, ways: int = 1) -> list[tuple[int, int]]:
+    """(B, P) of every decode program, ascending in B; P on each of the `ways` devices that share the experts.
 
     A call of B rows takes up to twice the experts its rows can name (what they name, and what they may turn to); more
     are served by the next larger B.
     """
-    sizes, shapes = present_buckets(experts, top_k), []
+    sizes, shapes = present_buckets(experts, top_k, ways), []
     for rows in limits.decode:
-        most = experts if rows == limits.rows else bucket(min(2 * rows * top_k, experts), sizes, "experts")
+        most = sizes[-1] if rows == limits.rows else bucket(min(2 * rows * top_k, sizes[-1]), sizes, "experts")
         shapes += [(rows, present) for present in sizes if present <= most]
     return shapes

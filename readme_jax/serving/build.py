@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +15,7 @@ from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.errors import CheckpointError, ConfigError
 from readme_jax.models.runtime import runtime_for
+from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits, limits_for
 from readme_jax.serving.calls import Caller
 from readme_jax.serving.cost import Costs
@@ -33,7 +36,8 @@ def build_engine(cls: type[E], model: Dense | Mixture, settings: config.Serving,
         if choices != experts:
             raise CheckpointError(f"the router chooses among {choices} experts, but the mixture has {experts}")
     runtime = runtime_for(config.Model(compute_dtype=settings.compute_dtype))
-    store = ExpertStore(model, slots_of(model, settings, runtime.dtype), settings.staging, runtime.dtype)
+    mesh = mesh_of(settings.mesh)
+    store = ExpertStore(model, slots_of(model, settings, runtime.dtype), settings.staging, runtime.dtype, mesh)
     caller = Caller(Programs(model, store, limits_of(model, settings), runtime), residency_of(store, settings))
     experts = max(store.num_experts, 1)
     costs = options.pop("costs", None)
@@ -41,6 +45,16 @@ def build_engine(cls: type[E], model: Dense | Mixture, settings: config.Serving,
         costs = measure(caller)
     scheduler = make_scheduler(settings.scheduler, settings.budget, costs, experts)
     return cls(caller, scheduler, settings, model.config.vocab_size, model.tokenizer, **options)  # type: ignore[call-arg]
+
+
+def mesh_of(mesh: config.Mesh) -> jax.sharding.Mesh:
+    """The mesh to serve on: the first devices, as many as its axes say; `fsdp` takes none of what is left.
+
+    Raises ConfigError where there are fewer.
+    """
+    mesh = replace(mesh, fsdp=max(mesh.fsdp, 1))
+    sizes, devices = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor), jax.devices()
+    return make_mesh(mesh, devices if -1 in sizes else devices[: math.prod(sizes)])
 
 
 def limits_of(model: Dense | Mixture, settings: config.Serving) -> Limits:

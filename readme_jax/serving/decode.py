@@ -1,7 +1,7 @@
 """One decode step: the last token of each row through the backbone, the next one sampled and routed, in one program.
 
 Activations are feature-major, [D, B], times weights [out, in]: on CPU the fast form for few rows. Caches are read as
-they were and written last, in place, at an index that depends on the sampled tokens: else XLA copies them.
+they were and written last, in place, at an index that depends on what was read: else XLA copies them.
 
 # B rows, D model width, H heads, K kv heads, G query heads a kv head, h head width, S tokens a row, P experts present,
 # Kx experts a token, V vocabulary, R router width
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,9 @@ from readme_jax.models import attention
 from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Expert
-from readme_jax.serving import attend, kernels
+from readme_jax.serving import attend, kernels, spread
 from readme_jax.serving.sampling import Samplings, choose_tokens
+from readme_jax.serving.spread import ONE, Cut
 from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
 
 Params = Mapping[str, Any]
@@ -31,13 +33,14 @@ LEFT = ("q", "k", "v")
 
 
 class Shape(NamedTuple):
-    """What a program is compiled for beside its sizes."""
+    """What a program is compiled for beside its sizes. `config` has the heads of one device."""
 
     config: ModelConfig
     mixture: MixtureConfig | None
     router: RouterConfig | None
     runtime: Runtime
     length: int  # tokens of a row that may be used
+    cut: Cut = ONE
 
     @property
     def top_k(self) -> int:
@@ -80,15 +83,19 @@ class Plan(NamedTuple):
     weights: jax.Array
 
 
-def plan_rows(experts: jax.Array, weights: jax.Array, present: jax.Array, active: jax.Array) -> tuple[Plan, jax.Array]:
+def plan_rows(
+    experts: jax.Array, weights: jax.Array, present: jax.Array, active: jax.Array, cut: Cut = ONE
+) -> tuple[Plan, jax.Array]:
     """Segments of rows with experts [B, Kx] among `present` [P] (of an expert that is repeated only the first), and
-    which rows [B] run: active, with all their experts present. Rows that do not run are in no segment."""
+    which rows [B] run: active, with all their experts present. Rows that do not run are in no segment, nor those of
+    other devices' experts."""
     match = experts[..., None] == present
     runs = active & match.any(axis=-1).all(axis=-1)
     index = jnp.where(runs[:, None], jnp.argmax(match, axis=-1), present.shape[0]).reshape(-1)
+    index, count = spread.own_experts(index, present.shape[0], cut)
     order = jnp.argsort(index, stable=True)
     inverse = jnp.argsort(order).reshape(experts.shape)
-    size = jnp.sum(index[:, None] == jnp.arange(present.shape[0]), axis=0, dtype=jnp.int32)
+    size = jnp.sum(index[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
     return Plan(order // experts.shape[1], inverse, jnp.cumsum(size) - size, size, weights), runs
 
 
@@ -97,13 +104,16 @@ def swiglu(y: jax.Array, w: Expert) -> jax.Array:
     return w.down @ (jax.nn.silu(w.gate @ y) * (w.up @ y))
 
 
-def expert_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime: Runtime) -> jax.Array:
+def expert_columns(
+    y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime: Runtime, some: bool = False
+) -> jax.Array:
     """The weighted sum of each column's experts, [D, B] -> [D, B].
 
     One expert: plain matmuls. Else `blocks` runs each segment as matmuls over a static number of columns, of which
     the spare ones are overwritten by the experts that follow; other back ends run every expert over all columns.
+    With `some`, the plan need not cover all columns: the rest belong to experts elsewhere and add nothing here.
     """
-    if len(experts) == 1:
+    if len(experts) == 1 and not some:
         return swiglu(y, experts[0])
     if runtime.segments != "blocks":
         return _masked_columns(y, plan, experts)
@@ -122,6 +132,8 @@ def expert_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert], runtime:
         nothing = functools.partial(jnp.zeros, (y.shape[0], top), y.dtype)
         new = jax.lax.switch(branch, [nothing, *(functools.partial(segment, w, start, size) for size in sizes)])
         out = jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=1)
+    if some:
+        out = jnp.where(jnp.arange(2 * top) < plan.size.sum(), out, 0)
     return _weigh(jnp.take(out, plan.inverse, axis=1), plan)
 
 
@@ -182,7 +194,7 @@ def _attention(shape: Shape, p: Params, y: jax.Array, cache: Cache, step: Step) 
     """Self-attention over y [D, B], [D, B], and the tokens' keys and values, or the cache with them in it already."""
     left = [p["qkv"] @ y] if "qkv" in p else [p[n] @ y for n in LEFT]
     out, new = _self_attention(shape.runtime, left, cache, step, shape.config.sliding_window)
-    return p["o"] @ out, new
+    return spread.total(p["o"] @ out, shape.cut.heads), new
 
 
 def _self_attention(
@@ -232,8 +244,8 @@ def _feed_forward(
     """The permanent part's and the experts' share of y [D, B]."""
     parts = [] if always is None else [swiglu(y, always)]
     if plan is not None:
-        parts.append(expert_columns(y, plan, experts, shape.runtime))
-    return functools.reduce(jnp.add, parts)
+        parts.append(expert_columns(y, plan, experts, shape.runtime, some=shape.cut.experts > 1))
+    return spread.total(functools.reduce(jnp.add, parts), shape.cut.rest)
 
 
 def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,6 +254,17 @@ def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) ->
         return kernels.add_norm(x, delta, scale, shape.config.norm_eps, interpret=jax.default_backend() == "cpu")
     x = x + delta
     return x, _norm(x, scale, shape.config.norm_eps)
+
+
+class Flow(NamedTuple):
+    """What goes from layer to layer in a step: x [D, B], and y, that normalised for what comes next; the step, its plan
+    (None: a dense model), and which rows [B] are `missing` an expert."""
+
+    x: jax.Array
+    y: jax.Array
+    step: Step
+    plan: Plan | None
+    missing: jax.Array
 
 
 def decode_step(
@@ -257,36 +280,65 @@ def decode_step(
 
     active [B] bool, present [P] int32 names `experts`, which has an entry a layer (of none: a dense model).
     """
+    flow = begin(shape, weights, state, active, present)
+    layers, flow = run_layers(shape, weights, experts, state.layers, flow)
+    return finish(shape, weights, replace(state, layers=layers), flow, sampling)
+
+
+def begin(shape: Shape, weights: Weights, state: State, active: jax.Array, present: jax.Array) -> Flow:
+    """The rows' last tokens before the first layer, sorted by expert."""
     c, rows = shape.config, active.shape[0]
     positions = state.position[:rows]
     active = active & (positions < shape.length)
     plan, runs = None, active
     if shape.mixture:
-        plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active)
+        plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active, shape.cut)
     step = Step.at(positions, runs, attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-    x = weights.embed[state.token[:rows]].T
+    x = spread.embed(weights.embed, state.token[:rows], shape.cut.rest).T
     y = _norm(x, weights.layers[0]["attn_norm"], c.norm_eps)
+    return Flow(x, y, step, plan, active & ~runs)
+
+
+def run_layers(
+    shape: Shape, weights: Weights, experts: Sequence[Sequence[Expert]], caches: Sequence[Cache], flow: Flow
+) -> tuple[tuple[Cache, ...], Flow]:
+    """The layers of `weights`, whose `caches` get the rows' keys and values; the last y is normalised as `final_norm`
+    says."""
+    x, y, step, plan, _ = flow
     following = [*(p["attn_norm"] for p in weights.layers[1:]), weights.final_norm]
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            delta, token = _attention(shape, p, y, state.layers[i], step)
+            delta, token = _attention(shape, p, y, caches[i], step)
             x, y = _add_norm(shape, x, delta, p["ffn_norm"])
         new.append(token)
         with jax.named_scope("feed_forward"):
             delta = _feed_forward(shape, weights.permanent[i], plan, experts[i], y)
             x, y = _add_norm(shape, x, delta, following[i])
+    positions = step.positions + after(y)
+    return _with(caches, new, jnp.arange(positions.shape[0]), positions, step.runs), flow._replace(x=x, y=y)
+
+
+def after(x: jax.Array) -> jax.Array:
+    """Zero, known once x [N, M] is: added to an index it orders writes after all reads that x needs."""
+    return jnp.minimum(jnp.argmax(x[0]).astype(jnp.int32), 0)
+
+
+def finish(shape: Shape, weights: Weights, state: State, flow: Flow, sampling: Samplings) -> tuple[State, Sampled]:
+    """Choose and route the rows' next tokens after the last layer."""
+    runs, positions = flow.step.runs, flow.step.positions + 1
     with jax.named_scope("sample"):
-        logits = (weights.head @ y).T.astype(jnp.float32)
-        chosen = choose_tokens(logits, sampling, positions + 1)
+        own = (weights.head @ flow.y).T
+        logits = spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
+        chosen = choose_tokens(logits, sampling, positions)
 
     def attend_router(left: Sequence[jax.Array], at: Step) -> tuple[jax.Array, Token | Cache]:
         assert shape.router is not None and state.router is not None
         return _self_attention(shape.runtime, left, state.router, at, divisor=shape.router.logit_divisor)
 
-    routed = route_next(shape, weights.router, chosen.tokens, jnp.where(runs, positions + 1, 0), runs, attend_router)
-    state = advance(state, jnp.arange(rows), runs, chosen.tokens, positions + 1, routed, new)
-    return state, Sampled(*chosen, routed.experts, active & ~runs)
+    routed = route_next(shape, weights.router, chosen.tokens, jnp.where(runs, positions, 0), runs, attend_router)
+    state = advance(state, jnp.arange(runs.shape[0]), runs, chosen.tokens, positions, routed)
+    return state, Sampled(*chosen, routed.experts, flow.missing)
 
 
 class Routed(NamedTuple):
@@ -332,22 +384,14 @@ def route_next(
 
 
 def advance(
-    state: State,
-    rows: jax.Array,
-    runs: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    routed: Routed,
-    new: Sequence[Token | Cache] = (),
+    state: State, rows: jax.Array, runs: jax.Array, tokens: jax.Array, positions: jax.Array, routed: Routed
 ) -> State:
     """The state with `rows` [B], where it `runs` [B], at the new tokens [B], which have `positions` [B], and their
-    routes; `new` are what the tokens before them leave in each layer.
+    routes.
 
-    Tokens and experts are never negative: adding the lesser of them and 0 to an index orders writes after all reads.
+    Experts are never negative: adding the lesser of them and 0 to an index orders writes after all reads.
     """
-    layers, router = state.layers, state.router
-    if new:
-        layers = _with(layers, new, rows, positions - 1 + jnp.minimum(tokens, 0), runs)
+    router = state.router
     if router is not None:
         assert routed.new is not None
         (router,) = _with([router], [routed.new], rows, positions + jnp.minimum(routed.experts[:, 0], 0), runs)
@@ -357,7 +401,7 @@ def advance(
         return old.at[rows].set(jnp.where(mask, values, old[rows]).astype(old.dtype))
 
     return State(
-        layers,
+        state.layers,
         router,
         update(state.token, tokens),
         update(state.position, positions),

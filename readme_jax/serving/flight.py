@@ -7,7 +7,7 @@ reported the row as missing without computing anything, and the token runs again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -197,6 +197,9 @@ def _given(residency: Residency, experts: frozenset[int], spare: frozenset[int] 
     """The experts of a call, in order; places that padding would fill go to `spare` ones on the device."""
     if not residency.store.num_experts:
         return ()
-    order: Sequence[int] = sorted(experts)
-    places = len(residency.store.padded(order)) - len(order)
-    return (*order, *sorted(spare - experts)[:places])
+    order = sorted(experts)
+    places = len(residency.store.padded(order))
+    for expert in sorted(spare - experts):
+        if len(residency.store.padded([*order, expert])) == places:
+            order.append(expert)
+    return tuple(order)

@@ -35,7 +35,8 @@ def footprint(programs: Programs) -> Footprint:
 
 
 def device_bytes() -> int:
-    """Bytes of all arrays of this process that are alive in device memory; two that share a buffer count once."""
+    """Bytes of all arrays of this process that are alive in device memory, of all devices together; two that share a
+    buffer count once."""
     alive = [x for x in jax.live_arrays() if not x.is_deleted() and x.sharding.memory_kind == "device"]
     return _bytes_of(alive)
 
@@ -68,4 +69,5 @@ class Metered(Programs):
 
 
 def _bytes_of(tree: Any) -> int:
-    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(tree)}.values())
+    shards = [s.data for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return sum({s.unsafe_buffer_pointer(): s.nbytes for s in shards}.values())

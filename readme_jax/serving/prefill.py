@@ -1,6 +1,7 @@
 """A chunk of one row's prompt through the backbone; routing of a whole prompt on its arrival.
 
-Activations are token-major, [C, D]. The cache is read as it was and written last, in place (see `decode`).
+Activations are token-major, [C, D]. The cache is read as it was and written last, in place (see `decode`); with a
+GPU's kernel each layer's is written first, in place too, and read with the chunk in it.
 
 # C tokens of a chunk, D model width, H heads, K kv heads, G query heads a kv head, h head width, S tokens a row,
 # P experts present, Kx experts a token, V vocabulary
@@ -8,6 +9,7 @@ Activations are token-major, [C, D]. The cache is read as it was and written las
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from readme_jax.models.feed_forward import feed_forward, linear
 from readme_jax.models.llama import rms_norm
 from readme_jax.models.router import choose, route_logits
 from readme_jax.models.segments import Expert, RoutePlan, grouped_ffn, plan_routes
-from readme_jax.serving import attend
+from readme_jax.serving import attend, spread
 from readme_jax.serving.decode import (
     LEFT,
     Params,
@@ -32,9 +34,11 @@ from readme_jax.serving.decode import (
     Token,
     Weights,
     advance,
+    after,
     attend_columns,
     route_next,
 )
+from readme_jax.serving.prompt_kernel import attend_chunk
 from readme_jax.serving.sampling import TOP, Samplings, best, choose_tokens
 from readme_jax.serving.state import Cache, State, attend_cached, write_chunk
 
@@ -86,41 +90,57 @@ def prefill_chunk(
     sampling: Samplings,
 ) -> tuple[State, Sampled, Scores]:
     """Write the keys and values of a chunk; see `Programs.prefill`. Arrays of `Sampled` have one row."""
+    x = spread.embed(weights.embed, chunk.tokens, shape.cut.rest)
+    layers, x = run_layers(shape, weights, experts, state.layers, chunk, present, x)
+    return finish(shape, weights, replace(state, layers=layers), chunk, sampling, x)
+
+
+def run_layers(
+    shape: Shape,
+    weights: Weights,
+    experts: Sequence[Sequence[Expert]],
+    caches: Sequence[Cache],
+    chunk: Chunk,
+    present: jax.Array,
+    x: jax.Array,
+) -> tuple[tuple[Cache, ...], jax.Array]:
+    """The layers of `weights` over x [C, D]; their `caches` get the chunk's keys and values."""
     c = shape.config
-    plan = None
-    if shape.mixture:
-        plan = _plan(chunk, present, weighted=shape.top_k > 1)
+    plan = _plan(shape, chunk, present) if shape.mixture else None
     freqs = attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0])
-    x = weights.embed[chunk.tokens]
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            x, k, v = _attention(shape, p, x, state.layers[i], chunk, positions, freqs)
-        new.append((k, v))
+            x, own = _attention(shape, p, x, caches[i], chunk, positions, freqs)
+        new.append(own)
         with jax.named_scope("feed_forward"):
-            y = rms_norm(x, p["ffn_norm"], c.norm_eps)
-            always = weights.permanent[i]
-            if always is not None:
-                x = x + feed_forward(always._asdict(), y)
-            if plan is not None:
-                x = x + grouped_ffn(y, plan, experts[i], shape.runtime.segments)
-    x = rms_norm(x, weights.final_norm, c.norm_eps)
-    state, sampled = _finish(shape, weights, state, chunk, sampling, x)
-    scores = jax.lax.cond(chunk.scored, lambda: _score(x, weights.head, chunk.targets), lambda: _unscored(x))
-    after = jnp.minimum(jnp.argmax(x[0]).astype(jnp.int32), 0)  # zero: this orders writes after reads
-    layers = tuple(
-        write_chunk(cache, k, v, chunk.row, chunk.start + after, chunk.count)
-        for cache, (k, v) in zip(state.layers, new, strict=True)
+            x = x + _feed_forward(shape, weights.permanent[i], plan, experts[i], rms_norm(x, p["ffn_norm"], c.norm_eps))
+    start = chunk.start + after(x)
+    written = (
+        own if isinstance(own, Cache) else write_chunk(cache, *own, chunk.row, start, chunk.count)
+        for cache, own in zip(caches, new, strict=True)
     )
-    return replace(state, layers=layers), sampled, scores
+    return tuple(written), x
 
 
-def _plan(chunk: Chunk, present: jax.Array, weighted: bool) -> RoutePlan:
-    """Tokens sorted by expert present; of one that is repeated only the first is used."""
+def _plan(shape: Shape, chunk: Chunk, present: jax.Array) -> RoutePlan:
+    """Tokens sorted by expert present; of one that is repeated only the first is used. Those of other devices' experts
+    come last."""
     match = chunk.experts[..., None] == present
     index = jnp.where(match.any(axis=-1), jnp.argmax(match, axis=-1), present.shape[0])
-    return plan_routes(index.astype(jnp.int32), present.shape[0], chunk.weights if weighted else None)
+    index, count = spread.own_experts(index, present.shape[0], shape.cut)
+    return plan_routes(index.astype(jnp.int32), count, chunk.weights if shape.top_k > 1 else None)
+
+
+def _feed_forward(
+    shape: Shape, always: Expert | None, plan: RoutePlan | None, experts: Sequence[Expert], y: jax.Array
+) -> jax.Array:
+    """The permanent part's and the experts' share of y [C, D]."""
+    parts = [] if always is None else [feed_forward(always._asdict(), y)]
+    if plan is not None:
+        parts.append(grouped_ffn(y, plan, experts, shape.runtime.segments, some=shape.cut.experts > 1))
+    return spread.total(functools.reduce(jnp.add, parts), shape.cut.rest)
 
 
 def _attention(
@@ -131,24 +151,45 @@ def _attention(
     chunk: Chunk,
     positions: jax.Array,
     freqs: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [C, D] plus self-attention, and the chunk's keys [1, K, h, C] and values [1, K, C, h]."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | Cache]:
+    """x [C, D] plus self-attention, and the chunk's keys [1, K, h, C] and values [1, K, C, h], or the cache with
+    them."""
     c = shape.config
     y = rms_norm(x, p["attn_norm"], c.norm_eps)
     angles = positions.astype(jnp.float32)[:, None, None] * freqs
     left = jnp.split(linear(y, p["qkv"]), _splits(c), axis=1) if "qkv" in p else [linear(y, p[n]) for n in LEFT]
     q, k, v = (rearrange(x, "t (n h) -> t n h", h=c.head_dim) for x in left)
     q, k = (attend.turn(z, jnp.cos(angles), jnp.sin(angles), axis=2) for z in (q, k))
-    q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=c.num_kv_heads)
     k = rearrange(k, "t k h -> 1 k h t").astype(cache.keys[0].dtype)
     v = rearrange(v, "t k h -> 1 k t h").astype(cache.keys[0].dtype)
-    group = c.num_heads // c.num_kv_heads
+    if shape.runtime.decode == "kernel":
+        cache = write_chunk(cache, k, v, chunk.row, chunk.start, chunk.count)
+        interpret = jax.default_backend() == "cpu"
+        out = attend_chunk(q, cache, chunk.row, chunk.start, c.sliding_window, interpret=interpret)
+        return x + spread.total(linear(out, p["o"]), shape.cut.heads), cache
+    q = rearrange(q, "t (k g) h -> 1 k (t g) h", k=k.shape[1])
+    out = _attend(q, k, v, cache, chunk, positions, c.sliding_window).astype(x.dtype)
+    out = rearrange(out, "1 k (t g) h -> t (k g h)", t=positions.shape[0])
+    return x + spread.total(linear(out, p["o"]), shape.cut.heads), (k, v)
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Cache,
+    chunk: Chunk,
+    positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """q [1, K, C * G, h] over the row's tokens before the chunk and its own keys and values, by XLA."""
+    group = q.shape[2] // positions.shape[0]
     at = jnp.repeat(positions, group)[:, None]
 
     def seen(slots: jax.Array) -> jax.Array:
-        return attention.visible(at, slots, c.sliding_window) & (slots < chunk.start)
+        return attention.visible(at, slots, window) & (slots < chunk.start)
 
-    own = _own(q, k, v, at, positions, group, c.sliding_window)
+    own = _own(q, k, v, at, positions, group, window)
     past = jax.lax.cond(
         chunk.start > 0,
         lambda: attend_cached(q, cache, _row(chunk.row), seen, chunk.start),
@@ -156,8 +197,7 @@ def _attention(
             jnp.zeros_like(own.out), jnp.zeros_like(own.total), jnp.full_like(own.largest, attention.MASKED)
         ),
     )
-    out = rearrange(attend.merge(past, own).astype(x.dtype), "1 k (t g) h -> t (k g h)", g=group)
-    return x + linear(out, p["o"]), k, v
+    return attend.merge(past, own)
 
 
 def _splits(c: ModelConfig) -> tuple[int, int]:
@@ -183,13 +223,15 @@ def _row(row: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=0)
 
 
-def _finish(
+def finish(
     shape: Shape, weights: Weights, state: State, chunk: Chunk, sampling: Samplings, x: jax.Array
-) -> tuple[State, Sampled]:
-    """Choose and route the next token when the prompt ends here, and set the row's last token to it.
+) -> tuple[State, Sampled, Scores]:
+    """Choose and route the next token when the prompt ends here, set the row's last token to it, and score targets;
+    x [C, D] comes from the last layer.
 
-    Before that only the row's position is set, to the end of what is written.
+    Before the prompt's end only the row's position is set, to the end of what is written.
     """
+    x = rms_norm(x, weights.final_norm, shape.config.norm_eps)
     end = (chunk.start + chunk.count)[None]
 
     def attend_router(left: Sequence[jax.Array], step: Step) -> tuple[jax.Array, Token]:
@@ -198,7 +240,7 @@ def _finish(
 
     def choose_next() -> tuple[Any, Any]:
         hidden = jax.lax.dynamic_slice_in_dim(x, chunk.count - 1, 1, axis=0)
-        chosen = choose_tokens(linear(hidden, weights.head).astype(jnp.float32), sampling, end)
+        chosen = choose_tokens(_logits(shape, hidden, weights.head), sampling, end)
         return chosen, route_next(shape, weights.router, chosen.tokens, end, jnp.ones(1, bool), attend_router)
 
     def nothing() -> tuple[Any, Any]:
@@ -208,10 +250,17 @@ def _finish(
     state = advance(state, chunk.row[None], chunk.last[None], chosen.tokens, end, routed)
     state = replace(state, position=state.position.at[chunk.row].set(end[0]))
     top = (chosen.top_tokens, chosen.top_logprobs)
-    return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool))
+    scores = jax.lax.cond(chunk.scored, lambda: _score(shape, x, weights.head, chunk.targets), lambda: _unscored(x))
+    return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool)), scores
 
 
-def _score(x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
+def _logits(shape: Shape, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[N, D] -> [N, V] float32."""
+    own = linear(hidden, head)
+    return spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
+
+
+def _score(shape: Shape, x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
     """Log-probabilities of `targets` [C] after hidden states x [C, D], a block of positions at a time."""
     step = min(SCORED, x.shape[0])
 
@@ -219,7 +268,7 @@ def _score(x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
         first = jnp.minimum(i * step, x.shape[0] - step)
         hidden = jax.lax.dynamic_slice_in_dim(x, first, step, axis=0)
         wanted = jax.lax.dynamic_slice_in_dim(targets, first, step, axis=0)
-        logits = linear(hidden, head).astype(jnp.float32)
+        logits = _logits(shape, hidden, head)
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         values, tokens = best(logits)
         own = jnp.take_along_axis(logits, wanted[:, None], axis=-1) - total
@@ -237,7 +286,7 @@ def _unscored(x: jax.Array) -> Scores:
 
 
 def route_prompt(shape: Shape, p: Params, tokens: jax.Array, count: jax.Array) -> PromptRoutes:
-    """Route a prompt of `count` tokens, padded to [T]. Must run under a mesh (of one device)."""
+    """Route a prompt of `count` tokens, padded to [T]. Runs under a mesh of one device, or inside `jax.shard_map`."""
     r = shape.router
     assert r is not None
     valid = (jnp.arange(tokens.shape[0]) < count)[None]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from readme_jax import config
 from readme_jax.checkpoints.hf import Dense
@@ -26,7 +26,6 @@ from readme_jax.errors import CheckpointError, ConfigError
 from readme_jax.models.llama import head_weight
 from readme_jax.models.runtime import Runtime, runtime_for
 from readme_jax.models.segments import Expert
-from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving import decode as decoding
 from readme_jax.serving import prefill as prefilling
 from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, bucket, decode_shapes, present_buckets
@@ -34,6 +33,7 @@ from readme_jax.serving.decode import LEFT, Sampled, Shape, Weights
 from readme_jax.serving.kernels import BLOCK
 from readme_jax.serving.prefill import Chunk, Scores
 from readme_jax.serving.sampling import Samplings
+from readme_jax.serving.spread import Axes
 from readme_jax.serving.state import State, copy_rows, empty_state, insert_routed
 from readme_jax.serving.store import ExpertStore
 
@@ -43,7 +43,8 @@ GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
 }
 KEPT = 256  # small inputs of calls that are kept on the device
-BLOCK_WEIGHTS = ("attn_norm", "q", "k", "v", "o", "ffn_norm")
+WHOLE = PartitionSpec()
+Program = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...], Any]  # with arguments, donated ones, result specs
 
 
 class Routed(NamedTuple):
@@ -64,9 +65,8 @@ class Programs:
         store: ExpertStore,
         limits: Limits,
         runtime: Runtime | None = None,
-        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        """`mesh` (default: the first device) is of one device, the store's.
+        """Runs on the store's mesh.
 
         Raises CheckpointError for a mixture without its router, ConfigError when the limits do not fit the model or
         need more programs than a platform's bound.
@@ -80,9 +80,7 @@ class Programs:
         if limits.length > model.config.max_position:
             raise ConfigError(f"Limits.length = {limits.length}: the model takes {model.config.max_position} tokens")
         runtime = runtime_for(config.Model()) if runtime is None else runtime
-        self.mesh = make_mesh(config.Mesh(), jax.devices()[:1]) if mesh is None else mesh
-        if self.mesh.size != 1:
-            raise ConfigError(f"a mesh of {self.mesh.size} devices: serving runs on one")
+        self.spread, self.mesh = store.spread, store.spread.mesh
         self.limits, self.store, self.config = limits, store, model.config
         self.shape = Shape(
             model.config,
@@ -91,13 +89,14 @@ class Programs:
             replace(runtime, layout="unrolled", remat="none"),
             limits.length,
         )
-        self.device = self.mesh.devices.item()
-        self._placed = SingleDeviceSharding(self.device)
+        self._own = self.shape._replace(config=self.spread.own, cut=self.spread.cut)
+        self.platform = self.mesh.devices.flat[0].platform
+        self._whole = self.spread.sharding()
         self.weights = self._place(model, store)
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._small: dict[tuple[Any, ...], jax.Array] = {}
         self.planned = len(self._all())
-        most = CPU_PROGRAMS if self.device.platform == "cpu" else GPU_PROGRAMS
+        most = CPU_PROGRAMS if self.platform == "cpu" else GPU_PROGRAMS
         if self.planned > most:
             raise ConfigError(f"{self.planned} programs, {most} at most: give fewer Limits.chunks or Limits.decode")
 
@@ -108,7 +107,8 @@ class Programs:
 
     def new_state(self) -> State:
         """An empty state of R rows."""
-        return jax.jit(self._empty_state, out_shardings=self._placed)()
+        placed = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._state_spec)
+        return jax.jit(self._empty_state, out_shardings=placed)()
 
     def route(self, tokens: Sequence[int]) -> Routed:
         """Route a whole prompt on its arrival. Raises ConfigError when it is longer than a row."""
@@ -170,7 +170,7 @@ class Programs:
             np.bool_(targets is not None),
         )
         present = self._present(experts)
-        program = self._program("prefill", size, len(present))
+        program = self._program("prefill", size, self._each(present))
         sampling = Samplings.greedy(1) if sampling is None else sampling
         state, sampled, scores = program(self.weights, weights, state, chunk, present, sampling)
         return state, sampled if last else None, None if targets is None else scores
@@ -185,8 +185,8 @@ class Programs:
         `Sampled` may have more rows than B. Rows whose token needs another expert are returned as `missing`.
         """
         present = self._present(experts)
-        rows = self._rows(len(active), len(present))
-        program = self._program("decode", rows, len(present))
+        rows = self._rows(len(active), self._each(present))
+        program = self._program("decode", rows, self._each(present))
         mask = np.zeros(rows, bool)
         mask[: len(active)] = active
         small = jax.tree.map(self._kept, (mask, present, sampling.padded(rows)))
@@ -216,16 +216,20 @@ class Programs:
         if key not in self._small:
             if len(self._small) >= KEPT:
                 self._small.pop(next(iter(self._small)))
-            self._small[key] = jax.device_put(array, self._placed)
+            self._small[key] = jax.device_put(array, self._whole)
         return self._small[key]
 
     # --- shapes ---------------------------------------------------------------------------------------------------
 
     def _present_sizes(self) -> tuple[int, ...]:
-        return present_buckets(self.store.num_experts, self.shape.top_k)
+        return present_buckets(self.store.num_experts, self.shape.top_k, self.store.ways)
 
     def _present(self, experts: Sequence[int]) -> np.ndarray:
         return np.asarray(self.store.padded(experts), np.int32)
+
+    def _each(self, present: np.ndarray) -> int:
+        """Experts on each device, of those of all."""
+        return len(present) // self.store.ways
 
     def _rows(self, rows: int, present: int) -> int:
         """The smallest compiled decode call of at least `rows` rows with that many experts present."""
@@ -235,7 +239,7 @@ class Programs:
         raise ConfigError(f"{rows} rows: the cache has {self.limits.rows}")
 
     def _decode_shapes(self) -> list[tuple[int, int]]:
-        return decode_shapes(self.limits, self.store.num_experts, self.shape.top_k)
+        return decode_shapes(self.limits, self.store.num_experts, self.shape.top_k, self.store.ways)
 
     def _all(self) -> list[tuple[Any, ...]]:
         keys: list[tuple[Any, ...]] = [("decode", *shape) for shape in self._decode_shapes()]
@@ -249,14 +253,26 @@ class Programs:
     def _program(self, name: str, *sizes: int) -> Callable[..., Any]:
         key = (name, *sizes)
         if key not in self._programs:
-            function, arguments, donated = getattr(self, f"_{name}_program")(*sizes)
+            function, arguments, donated, results = getattr(self, f"_{name}_program")(*sizes)
+            if self.mesh.size > 1:
+                function = self._on_all(function, arguments, results)
             with jax.set_mesh(self.mesh):
                 lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-                self._programs[key] = lowered.compile(GPU_OPTIONS if self.device.platform == "gpu" else None)
+                self._programs[key] = lowered.compile(GPU_OPTIONS if self.platform == "gpu" else None)
         return self._programs[key]
 
+    def _on_all(self, function: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
+        """A function of one device's parts on all devices, each argument cut as its abstract array says."""
+        specs = jax.tree.map(lambda x: x.sharding.spec, arguments)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
+
     def _abstract(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._placed), tree)
+        """Arrays, or what stands for them, as arguments; those that lie nowhere yet are whole on every device."""
+
+        def one(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or self._whole)
+
+        return jax.tree.map(one, tree)
 
     def _empty_state(self) -> State:
         s, limits = self.shape, self.limits
@@ -265,72 +281,88 @@ class Programs:
             ends = (-(-limits.length // BLOCK) * BLOCK,)
         return empty_state(s.config, s.router, s.top_k, limits.rows, ends, s.runtime.dtype)
 
+    @property
+    def _state_spec(self) -> State:
+        """How a state is cut: caches by kv head."""
+        whole = PartitionSpec()
+        return State(PartitionSpec(None, self.spread.heads or None), whole, whole, whole, whole, whole)  # type: ignore[arg-type]
+
     def _abstract_state(self) -> State:
-        return self._abstract(jax.eval_shape(self._empty_state))
+        def cut(spec: PartitionSpec, part: Any) -> Any:
+            sharding = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+        return jax.tree.map(cut, self._state_spec, jax.eval_shape(self._empty_state))
 
     def _abstract_experts(self, present: int) -> list[list[Any]]:
-        return [[self._abstract(self.store.like)] * present for _ in range(self.config.num_layers)]
+        return [[self.store.like] * present for _ in range(self.config.num_layers)]
 
-    def _decode_program(self, rows: int, present: int) -> tuple[Any, Any, Any]:
+    def _decode_program(self, rows: int, present: int) -> Program:
         arguments = (
-            self._abstract(self.weights),
+            self.weights,
             self._abstract_experts(present),
             self._abstract_state(),
             np.zeros(rows, bool),
-            np.zeros(present, np.int32),
+            np.zeros(present * self.store.ways, np.int32),
             Samplings.greedy(rows),
         )
-        return partial(decoding.decode_step, self.shape), arguments, (2,)
+        return partial(decoding.decode_step, self._own), self._abstract(arguments), (2,), (self._state_spec, WHOLE)
 
-    def _prefill_program(self, size: int, present: int) -> tuple[Any, Any, Any]:
+    def _prefill_program(self, size: int, present: int) -> Program:
         zero, tokens = np.int32(0), np.zeros(size, np.int32)
         routes = np.zeros((size, self.shape.top_k), np.int32)
         weights = routes.astype(np.float32)
         chunk = Chunk(zero, zero, zero, tokens, routes, weights, tokens, np.bool_(0), np.bool_(0))
         arguments = (
-            self._abstract(self.weights),
+            self.weights,
             self._abstract_experts(present),
             self._abstract_state(),
             chunk,
-            np.zeros(present, np.int32),
+            np.zeros(present * self.store.ways, np.int32),
             Samplings.greedy(1),
         )
-        return partial(prefilling.prefill_chunk, self.shape), arguments, (2,)
+        results = (self._state_spec, WHOLE, WHOLE)
+        return partial(prefilling.prefill_chunk, self._own), self._abstract(arguments), (2,), results
 
-    def _route_program(self, size: int) -> tuple[Any, Any, Any]:
-        arguments = (self._abstract(self.weights.router), np.zeros(size, np.int32), np.int32(0))
-        return partial(prefilling.route_prompt, self.shape), arguments, ()
+    def _route_program(self, size: int) -> Program:
+        arguments = (self.weights.router, np.zeros(size, np.int32), np.int32(0))
+        return partial(prefilling.route_prompt, self._own), self._abstract(arguments), (), WHOLE
 
-    def _insert_program(self, size: int) -> tuple[Any, Any, Any]:
+    def _insert_program(self, size: int) -> Program:
         r = self.shape.router
         assert r is not None
-        keys = jax.ShapeDtypeStruct((1, r.num_heads, r.head_dim, size), jnp.float32, sharding=self._placed)
-        values = jax.ShapeDtypeStruct((1, r.num_heads, size, r.head_dim), jnp.float32, sharding=self._placed)
-        return insert_routed, (self._abstract_state().router, np.int32(0), keys, values), (0,)
+        keys = jax.ShapeDtypeStruct((1, r.num_heads, r.head_dim, size), jnp.float32)
+        values = jax.ShapeDtypeStruct((1, r.num_heads, size, r.head_dim), jnp.float32)
+        arguments = (self._abstract_state().router, np.int32(0), keys, values)
+        return insert_routed, self._abstract(arguments), (0,), WHOLE
 
-    def _copy_program(self) -> tuple[Any, Any, Any]:
+    def _copy_program(self) -> Program:
         zero = np.int32(0)
-        return copy_rows, (self._abstract_state(), zero, zero, zero), (0,)
+        return copy_rows, self._abstract((self._abstract_state(), zero, zero, zero)), (0,), self._state_spec
 
     def _place(self, model: Dense | Mixture, store: ExpertStore) -> Weights:
         """The model's weights but for its experts on the device, in the runtime's number format (router: float32)."""
-
-        def put(w: Any, dtype: Any) -> jax.Array:
-            return jax.device_put(jnp.asarray(w, dtype), self._placed)
+        p, dtype, spread = model.params, self.shape.runtime.dtype, self.spread
+        every, heads = spread.every, spread.heads
+        cuts: dict[str, tuple[Axes, ...]] = {
+            "attn_norm": (),
+            "ffn_norm": (),
+            "o": ((), heads),
+            **dict.fromkeys(LEFT, (heads,)),
+        }
 
         def block(layer: Mapping[str, Any]) -> dict[str, jax.Array]:
-            weights = {n: put(layer[n], dtype) for n in BLOCK_WEIGHTS}
+            weights = {n: spread.put(layer[n], dtype, *cut) for n, cut in cuts.items()}
             if self.shape.runtime.decode == "kernel":  # which reads all three from one matmul
-                weights["qkv"] = jnp.concatenate([weights.pop(n) for n in LEFT])
+                weights["qkv"] = spread.fuse([weights.pop(n) for n in LEFT], heads)
             return weights
 
-        p, dtype = model.params, self.shape.runtime.dtype
-        embed = put(p["embed"], dtype)
-        head = embed if "lm_head" not in p else put(head_weight(p), dtype)
+        embed = spread.put(p["embed"], dtype, every)
+        head = embed if "lm_head" not in p else spread.put(head_weight(p), dtype, every)
         layers = tuple(block(p[f"layers_{i}"]) for i in range(model.config.num_layers))
         router = model.router if isinstance(model, Mixture) else None
-        router = None if router is None else jax.tree.map(lambda w: put(w, jnp.float32), dict(router))
-        return Weights(embed, head, put(p["final_norm"], dtype), layers, tuple(store.permanent), router)
+        router = None if router is None else jax.tree.map(lambda w: spread.put(w, jnp.float32), dict(router))
+        return Weights(embed, head, spread.put(p["final_norm"], dtype), layers, tuple(store.permanent), router)
 
 
 def _padded(values: Any, size: int, fill: float, dtype: Any) -> np.ndarray:

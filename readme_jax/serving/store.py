@@ -4,7 +4,10 @@ Every argument of a compiled step lies in device memory; with slots, host copies
 `device_put`, which returns at once. Dropping an expert that a step still in flight was given is safe: the runtime
 holds the arrays until the step ends. Which experts come and go is not decided here.
 
-# L layers, E experts, k slots a layer, D model width, d expert width
+On a mesh every device holds a part of each array (`spread.py`). Where devices share the experts, all are resident, and
+what a call is given is put together from the arrays of each device's experts: an entry is one expert on every device.
+
+# L layers, E experts, k slots a layer, D model width, d expert width, X devices that share the experts
 """
 
 from __future__ import annotations
@@ -15,16 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
+from readme_jax import config
 from readme_jax.checkpoints.hf import Dense
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.errors import ConfigError
 from readme_jax.models.segments import Expert
+from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import bucket, present_buckets
+from readme_jax.serving.spread import Axes, Spread, join
 
 Params = Mapping[str, Any]
 PARTS = ("gate", "up", "down")
+AXES = {"gate": 0, "up": 0, "down": 1}  # where each has its width
+JOINED = 256  # choices of an expert on every device whose arrays are kept put together
 
 
 class ExpertStore:
@@ -32,7 +39,7 @@ class ExpertStore:
 
     `permanent` has an entry a layer: the part every token runs (of a dense model all of it), or None.
     `loads` and `bytes_loaded` count copies from host to device since the start; `expert_bytes` is one of them, an
-    expert of a layer, and `like` its abstract arrays (None: a dense model).
+    expert of a layer, and `like` the abstract arrays of an entry of `present` (None: a dense model).
     """
 
     def __init__(
@@ -41,12 +48,14 @@ class ExpertStore:
         slots: int | None = None,
         staging: int = 0,
         dtype: Any = jnp.float32,
-        device: jax.Device | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        """Place a model's feed-forward weights. Tied mixtures get arrays of their own.
+        """Place a model's feed-forward weights on `mesh` (default: the first device). Tied mixtures get arrays of their
+        own.
 
         `slots` k a layer (None, or E and more: all resident and no host copies) and `staging` more a layer, which hold
-        experts that stream through. Raises ConfigError when a token's experts do not fit.
+        experts that stream through. Raises ConfigError when a token's experts do not fit, or slots are to hold experts
+        that devices share.
         """
         mixture = model.mixture if isinstance(model, Mixture) else None
         self.num_layers = model.config.num_layers
@@ -57,29 +66,40 @@ class ExpertStore:
         self.staging = 0 if self.resident else staging
         if mixture and self.slots + self.staging < mixture.top_k:
             raise ConfigError(f"slots {slots} and staging {staging}: a token needs {mixture.top_k} experts at once")
+        mesh = make_mesh(config.Mesh(), jax.devices()[:1]) if mesh is None else mesh
+        self.spread = Spread(mesh, model.config)
+        self.ways = self.spread.experts if mixture else 1
+        if self.ways > 1 and not self.resident:
+            raise ConfigError(
+                f"slots {slots}: devices of Mesh.expert = {self.ways} share experts that are all resident"
+            )
         self.loads, self.bytes_loaded = 0, 0
-        device = device or jax.devices()[0]
-        self._device = SingleDeviceSharding(device, memory_kind="device")
-        self._host = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._joined: dict[tuple[int, ...], list[Expert]] = {}
         self._on_device: list[dict[int, Expert]] = [{} for _ in range(self.num_layers)]
         self._waiting: list[dict[int, Expert]] = [{} for _ in range(self.num_layers)]
         self._staged: list[dict[int, Expert]] = [{} for _ in range(self.num_layers)]  # oldest first
         self.permanent: list[Expert | None] = []
         home = self._on_device if self.resident else self._waiting
-        sharding = self._device if self.resident else self._host
+        kind = "device" if self.resident else "pinned_host"
         for i in range(self.num_layers):
             name = f"layers_{i}"
             p = model.params[name]
             channels = model.channels[name] if isinstance(model, Mixture) and mixture and mixture.tied else None
-            self.permanent.append(_place(_permanent(p, channels, mixture), dtype, self._device))
+            always = _permanent(p, channels, mixture)
+            self.permanent.append(None if always is None else _place(always, dtype, self.spread, self.spread.every))
             for e in range(self.num_experts):
                 part = p[f"experts_{e}"] if channels is None else _rows(p["ffn"], channels["experts"][e])
-                placed = _place(part, dtype, sharding)
-                assert placed is not None
-                home[i][e] = placed
+                holders = self.spread.holders(e // self.each)
+                home[i][e] = _place(part, dtype, holders, holders.width, kind)
         first = home[0].get(0)
-        self.like = None if first is None else jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), first)
         self.expert_bytes = sum(w.nbytes for w in first or ())
+        self.like = None if first is None else self._entry(first)
+        self._idle = self._without_experts(first, dtype)
+
+    @property
+    def each(self) -> int:
+        """Experts a device."""
+        return -(-self.num_experts // self.ways)
 
     def load(self, layer: int, expert: int) -> None:
         """Start the copy of an expert of a layer into a slot; nothing where it already has one.
@@ -127,22 +147,30 @@ class ExpertStore:
     def padded(self, experts: Sequence[int]) -> tuple[int, ...]:
         """The experts, repeated from the first on, up to a number that calls are compiled for; () for a dense model.
 
+        Of X devices each has as many: its own of the experts, and where those are fewer E, which no token names.
         Raises ConfigError when none is given.
         """
         if not self.num_experts:
             return ()
         if not experts:
             raise ConfigError("no experts: give those that the rows need")
-        size = bucket(len(experts), present_buckets(self.num_experts, self.top_k), "experts")
-        return (*experts, *(tuple(experts[:1]) * (size - len(experts))))
+        own = [[e for e in experts if e // self.each == device] for device in range(self.ways)]
+        size = bucket(max(map(len, own)), present_buckets(self.num_experts, self.top_k, self.ways), "experts")
+        spare = experts[0] if self.ways == 1 else self.num_experts
+        return tuple(e for some in own for e in (*some, *[spare] * (size - len(some))))
 
     def present(self, experts: Sequence[int]) -> list[list[Expert]]:
-        """An entry a layer: the arrays of `experts` on the device, padded by repeating (see `padded`).
+        """An entry a layer: the arrays of `experts` on the device, padded by repeating (see `padded`); where X devices
+        share experts, each array is one expert on every device.
 
         Raises ConfigError when one of them is on the device in no slot.
         """
         order = self.padded(experts)
-        return [[self._get(i, e) for e in order] for i in range(self.num_layers)]
+        if self.ways == 1:
+            return [[self._get(i, e) for e in order] for i in range(self.num_layers)]
+        each = len(order) // self.ways
+        entries = [self._together(order[at::each]) for at in range(each)]
+        return [list(layer) for layer in zip(*entries, strict=True)]
 
     def device_bytes(self) -> int:
         """Bytes of feed-forward weights on the device, copies on their way included."""
@@ -153,13 +181,47 @@ class ExpertStore:
     def _copy(self, layer: int, expert: int) -> Expert:
         self.loads += 1
         self.bytes_loaded += self.expert_bytes
-        return jax.device_put(self._waiting[layer][expert], self._device)
+        waiting = self._waiting[layer][expert]
+        return jax.device_put(waiting, jax.tree.map(lambda w: w.sharding.with_memory_kind("device"), waiting))
 
     def _get(self, layer: int, expert: int) -> Expert:
         found = self._on_device[layer].get(expert) or self._staged[layer].get(expert)
         if found is None:
             raise ConfigError(f"layer {layer}: expert {expert} is not on the device; load it first")
         return found
+
+    def _together(self, chosen: tuple[int, ...]) -> list[Expert]:
+        """Of each layer: an expert of every device, E for any, as one array each."""
+        assert self.like is not None
+        if chosen not in self._joined:
+            if len(self._joined) >= JOINED:
+                self._joined.pop(next(iter(self._joined)))
+            layers = [[self._held(i, device, e) for device, e in enumerate(chosen)] for i in range(self.num_layers)]
+            self._joined[chosen] = [Expert(*map(join, zip(*parts, strict=True), self.like)) for parts in layers]
+        return self._joined[chosen]
+
+    def _held(self, layer: int, device: int, expert: int) -> Expert:
+        """An expert of a device, or its first one for E."""
+        expert = expert if expert < self.num_experts else device * self.each
+        return self._on_device[layer][expert] if expert < self.num_experts else self._idle[device]
+
+    def _entry(self, expert: Expert) -> Expert:
+        """The abstract arrays of an entry of `present`."""
+        axes = ("expert", *self.spread.width) if self.ways > 1 else self.spread.width
+
+        def one(name: str, w: jax.Array) -> Any:
+            shape = [n * self.ways if at == AXES[name] else n for at, n in enumerate(w.shape)]
+            return jax.ShapeDtypeStruct(tuple(shape), w.dtype, sharding=self.spread.sharding(*_cut(name, axes)))
+
+        return Expert(*(one(n, w) for n, w in zip(PARTS, expert, strict=True)))
+
+    def _without_experts(self, like: Expert | None, dtype: Any) -> dict[int, Expert]:
+        """Zeros in place of an expert, for devices that hold none because E does not divide."""
+        if like is None:
+            return {}
+        zeros = {n: np.zeros(w.shape) for n, w in zip(PARTS, like, strict=True)}
+        empty = [d for d in range(self.ways) if d * self.each >= self.num_experts]
+        return {d: _place(zeros, dtype, self.spread.holders(d), self.spread.width) for d in empty}
 
 
 def _permanent(p: Params, channels: Params | None, mixture: Any) -> Params | None:
@@ -180,7 +242,11 @@ def _rows(ffn: Params, rows: Any) -> dict[str, np.ndarray]:
     return {"gate": take(gate), "up": take(up), "down": np.where(real[None], down[:, at], 0)}
 
 
-def _place(part: Params | None, dtype: Any, sharding: SingleDeviceSharding) -> Expert | None:
-    if part is None:
-        return None
-    return Expert(*(jax.device_put(jnp.asarray(part[n], dtype), sharding) for n in PARTS))
+def _place(part: Params, dtype: Any, spread: Spread, axes: Axes, kind: str = "device") -> Expert:
+    """A feed-forward part, its width cut over axes."""
+    return Expert(*(spread.put(part[n], dtype, *_cut(n, axes), kind=kind) for n in PARTS))
+
+
+def _cut(name: str, axes: Axes) -> tuple[Axes, ...]:
+    """Axes of each dimension of gate, up or down."""
+    return ((),) * AXES[name] + (axes,)

@@ -15,8 +15,13 @@ TILES = Tiles(rows=64, columns=32, depth=32, group=2)
 
 @pytest.mark.parametrize(
     "tokens, top_k, experts, used, width, own",
-    [(150, 1, 3, (0, 2), 64, 96), (100, 2, 4, (0, 1, 2, 3), 64, 32), (64, 1, 2, (1,), 32, 64)],
-    ids=["an expert without rows", "two a token", "one full block"],
+    [
+        (150, 1, 3, (0, 2), 64, 96),
+        (100, 2, 4, (0, 1, 2, 3), 64, 32),
+        (64, 1, 2, (1,), 32, 64),
+        (90, 1, 2, (0, 1), 72, 88),
+    ],
+    ids=["an expert without rows", "two a token", "one full block", "widths that tiles do not divide"],
 )
 def test_value_and_gradients(tokens, top_k, experts, used, width, own):
     rng = np.random.default_rng(0)

@@ -78,7 +78,9 @@ def test_from_dense_model_to_exported_mixture(run, monkeypatch):
 
 
 def test_dense_slice_is_the_same_run_with_one_expert(run):
-    summary = runner.execute(replace(run, slice=replace(run.slice, experts="one")))
+    known = {name: 2.0 + i for i, name in enumerate(WORDS)}
+    summary = runner.execute(replace(run, slice=replace(run.slice, experts="one")), dense=known)
+    assert {name: row["dense"] for name, row in summary["domains"].items()} == known, "measured by an earlier run"
     assert summary["experts"] == ["code+news+verse"] and summary["tokens"]["router"] == 0
     assert "matrix" not in summary and summary["parameters"]["total"] < summary["parameters"]["dense"]
     assert {line["stage"] for line in read_metrics(run.output)} == {"experts"}

@@ -1,0 +1,83 @@
+"""What the GPU benchmarks share: times of calls, ceilings of the card, rows written as soon as they are known."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from _report import write_results
+
+
+class Rows:
+    """Rows of a result: each is printed, and the file written again, as soon as it is measured."""
+
+    def __init__(self, name: str, **about: Any) -> None:
+        self.name, self.about, self.rows = name, about, list[dict[str, Any]]()
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Append a row."""
+        self.rows.append(row)
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        write_results(self.name, **self.about, rows=self.rows)
+        return row
+
+    def tell(self, **about: Any) -> None:
+        """More about the whole result."""
+        self.about |= about
+        print(json.dumps(about), flush=True)
+
+
+def seconds_of(call: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def seconds_in_a_row(call: Callable[[], Any], least: float = 0.03, repeats: int = 3) -> float:
+    """Seconds of a call among so many in a row that they take `least` seconds: launches overlap, as in a model."""
+    once = seconds_of(call, 2)
+    count = min(max(int(least / once), 3), 200)
+
+    def several() -> Any:
+        for _ in range(count):
+            out = call()
+        return out
+
+    return seconds_of(several, repeats) / count
+
+
+def copy_bandwidth(size: int = 2**29) -> float:
+    """Bytes a second read and written by a copy of `size` bf16 numbers."""
+    x = jax.random.normal(jax.random.key(0), (size,), jnp.bfloat16)
+    double = jax.jit(lambda x: x * 2)
+    return 2 * x.nbytes / seconds_in_a_row(lambda: double(x))
+
+
+def matmul_rate(size: int = 8192) -> float:
+    """FLOPs a second of a bf16 matmul of size^3."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    multiply = jax.jit(lambda a: a @ a)
+    return 2 * size**3 / seconds_in_a_row(lambda: multiply(a))
+
+
+def arrival_rate(megabytes: int) -> float:
+    """Bytes a second from pinned host memory to the device, in one array."""
+    device = jax.devices()[0]
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    there = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
+    waiting = jax.device_put(jnp.ones(megabytes * 2**19, jnp.bfloat16), host)
+    return waiting.nbytes / seconds_of(lambda: jax.device_put(waiting, there), 5)
