@@ -18,7 +18,7 @@ demo: $(VENV)/stamp-run
 		--prompt "What is the capital of France?"
 
 test: $(VENV)/stamp-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 sweep: $(VENV)/stamp-test
 	$(BIN)/python -m pytest -m sweep --hypothesis-show-statistics $(TESTS)

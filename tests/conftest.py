@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,20 @@ from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.models.weights import Weight, block_table, outer_table, router_table
 from readme_jax.refactor.slice import lay_out, slice_layer
 
+# Files that take longest, which start first: a worker that got one at the end would finish alone (`make test` hands out
+# whole files, in this order).
+LONGEST = (
+    "tuning/test_ablations.py",
+    "parallel/test_sharding.py",
+    "serving/test_engine_exact.py",
+    "serving/test_programs.py",
+    "serving/test_agreement.py",
+    "parallel/test_two_processes.py",
+    "tuning/test_runner.py",
+    "serving/test_engine_life.py",
+    "tuning/test_resume.py",
+    "test_cli.py",
+)
 TINY_EXPERTS = 3
 # name -> (permanent part, tied, experts a token)
 MIXTURES = {
@@ -27,6 +42,11 @@ MIXTURES = {
     "tied": (True, True, 1),
     "own_rows": (False, False, 1),
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def byte_tokenizer() -> Tokenizer:

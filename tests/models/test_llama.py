@@ -59,6 +59,7 @@ def test_padding_and_cache_change_nothing(tiny, random_params, side, window):
     np.testing.assert_array_equal(cache.positions, [12, 7, 4])
 
 
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("mixture", [None, MIXTURE], ids=["dense", "mixture"])
 def test_layouts_and_remat_agree_in_value_and_gradient(tiny, random_params, mixture):
     params = random_params(tiny, mixture)
