@@ -287,7 +287,9 @@ class Programs:
         whole = PartitionSpec()
         return State(PartitionSpec(None, self.spread.heads or None), whole, whole, whole, whole, whole)  # type: ignore[arg-type]
 
-    def _abstract_state(self) -> State:
+    def abstract_state(self) -> State:
+        """Shapes of a state, and how it lies on the devices."""
+
         def cut(spec: PartitionSpec, part: Any) -> Any:
             sharding = NamedSharding(self.mesh, spec)
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
@@ -301,7 +303,7 @@ class Programs:
         arguments = (
             self.weights,
             self._abstract_experts(present),
-            self._abstract_state(),
+            self.abstract_state(),
             np.zeros(rows, bool),
             np.zeros(present * self.store.ways, np.int32),
             Samplings.greedy(rows),
@@ -316,7 +318,7 @@ class Programs:
         arguments = (
             self.weights,
             self._abstract_experts(present),
-            self._abstract_state(),
+            self.abstract_state(),
             chunk,
             np.zeros(present * self.store.ways, np.int32),
             Samplings.greedy(1),
@@ -333,12 +335,12 @@ class Programs:
         assert r is not None
         keys = jax.ShapeDtypeStruct((1, r.num_heads, r.head_dim, size), jnp.float32)
         values = jax.ShapeDtypeStruct((1, r.num_heads, size, r.head_dim), jnp.float32)
-        arguments = (self._abstract_state().router, np.int32(0), keys, values)
+        arguments = (self.abstract_state().router, np.int32(0), keys, values)
         return insert_routed, self._abstract(arguments), (0,), WHOLE
 
     def _copy_program(self) -> Program:
         zero = np.int32(0)
-        return copy_rows, self._abstract((self._abstract_state(), zero, zero, zero)), (0,), self._state_spec
+        return copy_rows, self._abstract((self.abstract_state(), zero, zero, zero)), (0,), self._state_spec
 
     def _place(self, model: Dense | Mixture, store: ExpertStore) -> Weights:
         """The model's weights but for its experts on the device, in the runtime's number format (router: float32)."""
