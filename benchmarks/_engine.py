@@ -66,6 +66,7 @@ class Server:
         """An engine over the compiled programs."""
         store = ExpertStore(self.model, slots_of(self.model, settings, np.float32), settings.staging)
         self.programs.store = store
+        self.programs.warm_up()
         residency = residency_of(store, settings)
         costs = Costs(self.costs.fixed, self.costs.token, self.costs.expert, residency.load_seconds or 0.0)
         scheduler = make_scheduler(settings.scheduler, settings.budget, costs, store.num_experts)
@@ -196,7 +197,7 @@ def agreement(
     loop, residency, settings = engine._loop, engine._caller.residency, engine.settings
     limits, store = engine._caller.limits, residency.store
     setup = Setup(
-        limits.rows, swaps=residency.swaps, ahead=settings.ahead, chunk=limits.chunks[-1], page_size=loop.pages.size,
+        ROWS, swaps=residency.swaps, ahead=settings.ahead, chunk=limits.chunks[-1], page_size=loop.pages.size,
         pages=loop.pages.total, buckets=limits.decode, load_seconds=residency.load_seconds,
     )  # fmt: skip
     cache = ExpertCache(store.num_experts, 0 if store.resident else store.slots, store.staging, settings.policy)

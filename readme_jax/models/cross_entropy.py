@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 from readme_jax.parallel.mesh import BATCH_AXES, gather, mesh_axes, partition
 
 ROWS = 1024  # logits rows at a time, on each device
-GPU_ROWS = 4096  # in fewer blocks: each reads and writes the head's whole gradient
 _SPEC = PartitionSpec(BATCH_AXES)
 
 Teacher = tuple[jax.Array, jax.Array] | None  # hidden [B, T, D'], head [V, D']
@@ -162,8 +161,7 @@ def _local_loss(
 def _forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, teacher: Teacher, distill: float
 ) -> Loss:
-    with jax.named_scope("loss"):
-        return _loss_and_gradients(hidden, head, targets, weights, teacher, distill, gradients=True)
+    return _loss_and_gradients(hidden, head, targets, weights, teacher, distill, gradients=True)
 
 
 def _backward(distill: float, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
@@ -180,8 +178,7 @@ lm_loss.defvjp(_forward, _backward)
 def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
     """How many blocks of how many positions, of equal size, cover [B, T, ...]."""
     batch, length = shape[:2]
-    rows = GPU_ROWS if jax.default_backend() == "gpu" else ROWS
-    count = -(-length // max(1, rows // max(batch, 1)))
+    count = -(-length // max(1, ROWS // max(batch, 1)))
     return count, -(-length // max(count, 1))
 
 
