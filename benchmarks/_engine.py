@@ -66,6 +66,7 @@ class Server:
         """An engine over the compiled programs."""
         store = ExpertStore(self.model, slots_of(self.model, settings, np.float32), settings.staging)
         self.programs.store = store
+        self.programs.warm_up()
         residency = residency_of(store, settings)
         costs = Costs(self.costs.fixed, self.costs.token, self.costs.expert, residency.load_seconds or 0.0)
         scheduler = make_scheduler(settings.scheduler, settings.budget, costs, store.num_experts)

@@ -2,8 +2,8 @@
 
 Continues the beginnings of texts of all domains in ../shared/data (or READ_ME_DATA) with k of the mixture's experts on
 the device, k from one to all, greedily in float32. The bytes are the most that any call took: all arrays alive in
-device memory, its temporaries and new results. The bound is 1.05 x (all weights but the experts' own, k + staging
-experts of every layer, the caches of all rows).
+device memory, its temporaries and new results. The bound is 1.05 x (all weights but the experts' own, k experts of
+every layer, the ring that `staging` experts stream through, the caches of all rows).
 
 Writes results/memory_slots.json: rows {slots, staging, device_bytes, bound, share, tokens_per_s, loads}, tokens those
 that were sampled and loads copies of an expert of one layer; and memory_slots.png.

@@ -332,7 +332,7 @@ class Serving(Validated):
     chunk: int = 256  # tokens of the longest prefill call
     slots: int = 0  # experts a layer on the device, k; 0: all of them
     slot_bytes: int = 0  # the same as bytes over all layers, in place of `slots`
-    staging: int = 0  # experts a layer that stream through beside the slots
+    staging: int = 0  # experts that stream through a layer at once, beside its slots; 0: waves of k
     policy: PolicyName = "belady"
     prefetch: bool = True  # load experts before the step that needs them
     ahead: bool = True  # dispatch a step before the last one is read

@@ -95,4 +95,4 @@ def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
 def compile_side_by_side(programs: Programs, wanted: Callable[[tuple[Any, ...]], bool]) -> None:
     """Compile the programs whose key (name, sizes) is wanted, in threads."""
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda key: programs._program(*key), [key for key in programs._all() if wanted(key)]))
+        list(pool.map(lambda key: programs.program(*key), [key for key in programs._all() if wanted(key)]))

@@ -197,7 +197,7 @@ def split(results: Rows, c: ModelConfig, batches: list[int]) -> None:
             run, count = steps.chain(routes), 5
             run(3)
             held = len(store.padded(sorted(set(routes.tolist()))))
-            by = scopes(steps.programs._program("decode", batch, held), SCOPES)
+            by = scopes(steps.programs.program("decode", batch, held), SCOPES)
             scope, kernels = device_seconds(lambda run=run, count=count: run(count), by)
             ms = {f"{part}_ms": 1e3 * scope[part] / count for part in (*SCOPES, "rest", "unknown")}
             top = {kernel[:60]: round(1e3 * s / count, 4) for kernel, s in kernels.most_common(12)}

@@ -110,7 +110,8 @@ def main() -> None:
             del model
             present = {{"seven": EXPERTS, "one": 1, "dense": 0}[case] for case in cases}
             began = time.perf_counter()
-            compile_side_by_side(programs, lambda key, n=present: key[0].startswith("prefill") and key[2] in n)
+            names = {("prefill_span", n) for n in present} | {("prefill_end", sizes[-1])}
+            compile_side_by_side(programs, lambda key, names=names: (key[0], key[2 if len(key) > 2 else -1]) in names)
             results.tell(**{f"compile_seconds_{experts}": time.perf_counter() - began})
             for case in cases:
                 measure(results, programs, case, args.tokens, args.chunk)

@@ -13,6 +13,7 @@ from readme_jax.errors import ConfigError
 
 CPU_PROGRAMS = 64  # most programs compiled for serving
 GPU_PROGRAMS = 24
+SPANS = 6
 SHORTEST_PROMPT = 64  # tokens of the smallest compiled routing call; the next ones are four times as long
 ATTENDED = 256  # keys of the shortest attention; the next ones are four times as long
 
@@ -32,6 +33,13 @@ def doublings(largest: int, first: int, factor: int = 2) -> tuple[int, ...]:
         sizes.append(first)
         first *= factor
     return (*sizes, largest)
+
+
+def spans_of(layers: int) -> tuple[slice, ...]:
+    """Layers cut into spans of equal length, which run one after another through one program: at least six of them,
+    where there are as many layers, so that few experts need to be on the device to run one."""
+    length = max(n for n in range(1, max(layers // SPANS, 1) + 1) if layers % n == 0)
+    return tuple(slice(start, start + length) for start in range(0, layers, length))
 
 
 def present_buckets(experts: int, top_k: int = 1, ways: int = 1) -> tuple[int, ...]:
@@ -88,14 +96,19 @@ def limits_for(rows: int, length: int, chunk: int, platform: str) -> Limits:
     return Limits(rows, length, **{name: sizes if sizes[0] < sizes[1] else sizes[1:] for name, sizes in few.items()})
 
 
-def decode_shapes(limits: Limits, experts: int, top_k: int, ways: int = 1) -> list[tuple[int, int]]:
-    """(B, P) of every decode program, ascending in B; P on each of the `ways` devices that share the experts.
+def decode_shapes(
+    limits: Limits, experts: int, top_k: int, ways: int = 1, held: int | None = None
+) -> list[tuple[int, int]]:
+    """(B, P) of every decode program, ascending in B; P on each of the `ways` devices that share the experts, where a
+    call may have `held` of them at once (None: all).
 
     A call of B rows takes up to twice the experts its rows can name (what they name, and what they may turn to); more
     are served by the next larger B.
     """
     sizes, shapes = present_buckets(experts, top_k, ways), []
+    held = sizes[-1] if held is None else min(held, sizes[-1])
     for rows in limits.decode:
-        most = sizes[-1] if rows == limits.rows else bucket(min(2 * rows * top_k, sizes[-1]), sizes, "experts")
+        named = held if rows == limits.rows else min(2 * rows * top_k, held)
+        most = bucket(named, sizes, "experts")
         shapes += [(rows, present) for present in sizes if present <= most]
     return shapes

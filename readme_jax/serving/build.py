@@ -81,30 +81,24 @@ def slots_of(model: Dense | Mixture, settings: config.Serving, dtype: Any) -> in
 
 
 def residency_of(store: ExpertStore, settings: config.Serving) -> Residency:
-    """The policy of the settings over a store, its first residents on the device; none where all experts are."""
+    """The policy of the settings over a store; none where all experts are resident."""
     if store.resident:
         return Residency(store, None)
     cache = ExpertCache(store.num_experts, store.slots, store.staging, settings.policy)
-    residency = Residency(store, cache, settings.prefetch)
-    residency.bring(cache.resident)
-    if settings.prefetch:
-        residency.load_seconds = load_seconds(residency)
-    return residency
+    return Residency(store, cache, settings.prefetch, load_seconds(store) if settings.prefetch else None)
 
 
-def load_seconds(residency: Residency) -> float:
-    """How long an expert of all layers takes to arrive here."""
-    store = residency.store
-    other = next((e for e in range(store.num_experts) if e not in residency.here), None)
-    if other is None:
-        return 0.0
-    began = time.perf_counter()
-    residency.bring(frozenset((other,)))
-    jax.block_until_ready(store.present((other,)))
-    took = time.perf_counter() - began
-    residency.bring(residency.resident)
-    residency.forget_streamed()
-    return took
+def load_seconds(store: ExpertStore) -> float:
+    """How long an expert of all layers takes to arrive here, on an empty store."""
+    seconds = []
+    for _ in range(2):  # the first one allocates
+        began = time.perf_counter()
+        for span in range(len(store.spans)):
+            store.load(span, 0)
+        store.wait(store.present((0,)))
+        seconds.append(time.perf_counter() - began)
+        store.clear()
+    return min(seconds)
 
 
 def measure(caller: Caller, repeats: int = 2) -> Costs:
@@ -113,7 +107,7 @@ def measure(caller: Caller, repeats: int = 2) -> Costs:
     programs, store = caller.programs, caller.residency.store
     experts = () if caller.dense else (0,)
     chunk, width = caller.limits.chunks[-1], programs.shape.top_k
-    load = 0.0 if store.resident else load_seconds(caller.residency)
+    load = caller.residency.load_seconds or 0.0
     present = store.present(experts)
     prefill, decode = [], []
     tokens, routes = np.zeros(chunk, np.int32), np.zeros((chunk, width), np.int32)
@@ -128,6 +122,6 @@ def measure(caller: Caller, repeats: int = 2) -> Costs:
         jax.block_until_ready(caller.state.token)
         prefill.append(middle - began)
         decode.append(time.perf_counter() - middle)
-    caller.reset()
+    caller.empty()
     step = min(decode[1:])
     return Costs(fixed=step / 2, token=max(min(prefill[1:]) - step / 2, 1e-9) / chunk, expert=step / 2, load=load)

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
 
 from readme_jax.serving.flight import DENSE, Call, Piece, Planned, plan_calls
 from readme_jax.serving.live import Live
+from readme_jax.serving.passes import Pass
 from readme_jax.serving.programs import Programs, Routed
 from readme_jax.serving.request import TokenLogprob
 from readme_jax.serving.residency import Residency
 from readme_jax.serving.rows import Placement
 from readme_jax.serving.sampling import Samplings
+from readme_jax.serving.state import State
 from readme_jax.serving.store import ExpertStore
+from readme_jax.serving.streams import Streams
 from readme_jax.serving.work import Batch, Route, Sequence
 
 GREEDY = (0.0, 0, 1.0, 0.0, 0)
@@ -52,11 +56,18 @@ class Caller:
         self.programs, self.residency = programs, residency
         self.limits = programs.limits
         self.dense = residency.store.num_experts == 0
+        self.streams = Streams(residency)
         self.seconds = 0.0
-        self.reset()
+        self.empty()
 
     def reset(self) -> None:
+        """As at the start, after an error in a step."""
+        self.empty()
+        self.streams.restore()
+
+    def empty(self) -> None:
         """An empty cache."""
+        self._rest: Generator[None, None, State] | None = None
         self.state = self.programs.new_state()
         self._samplings = Samplings.of([GREEDY] * self.limits.rows)
         self._routed: dict[int, Routed] = {}
@@ -108,56 +119,70 @@ class Caller:
     # --- running -------------------------------------------------------------------------------------------------
 
     def run(self, batch: Batch, ahead: bool) -> list[Call[Live]]:
-        """Dispatch a batch."""
-        planned = plan_calls(batch, self.residency, self.limits.chunks[-1], lambda: self.state.token)
-        return [self._decode(p, ahead) if p.piece is None else self._prefill(p.piece, p.given, ahead) for p in planned]
+        """Dispatch a batch, as far as that needs no waiting for its own calls: `proceed` does the rest."""
+        planned, after = plan_calls(batch, self.residency, self.limits.chunks[-1])
+        passes = [self._decode(p) if p.piece is None else self._prefill(p.piece, p.given) for p in planned]
+        self._rest = self.streams.run(self.state, passes, planned, after)
+        self._dispatch()
+        return [self._call(p, each, ahead) for p, each in zip(planned, passes, strict=True)]
 
-    def _decode(self, planned: Planned, ahead: bool) -> Call[Live]:
-        lives = [_live(c.sequence) for c in planned.decodes]
-        rows = max(s.row for s in lives) + 1
-        size = next(b for b in self.limits.decode if b >= rows)
-        active = np.zeros(size, bool)
-        active[[s.row for s in lives]] = True
-        sampling = Samplings(*(a[:size] for a in self._samplings))
+    def proceed(self) -> None:
+        """Dispatch what `run` has left."""
+        while self._rest is not None:
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        assert self._rest is not None
         began = time.perf_counter()
-        present = self.residency.store.present(planned.given)
-        self.state, sampled = self.programs.decode(self.state, active, planned.given, present, sampling)
+        try:
+            next(self._rest)
+        except StopIteration as end:
+            self.state, self._rest = end.value, None
         self.seconds += time.perf_counter() - began
-        call = Call([(s.row, s, s.epoch) for s in lives], sampled, frozenset(planned.given))
-        for live in lives:
-            live.dispatched(ahead)
-        return call
 
-    def _prefill(self, piece: Piece, given: tuple[int, ...], ahead: bool) -> Call[Live]:
+    def _decode(self, planned: Planned) -> Pass:
+        rows = [_live(c.sequence).row for c in planned.decodes]
+        size = next(b for b in self.limits.decode if b > max(rows))
+        active = np.zeros(size, bool)
+        active[rows] = True
+        began = time.perf_counter()
+        made = self.programs.decode_pass(active, planned.given, Samplings(*(a[:size] for a in self._samplings)))
+        self.seconds += time.perf_counter() - began
+        return made
+
+    def _prefill(self, piece: Piece, given: tuple[int, ...]) -> Pass:
         live, start, stop = _live(piece.live), piece.start, piece.stop
         count = stop - start
-        last = stop == len(live.tokens)
-        tokens = np.asarray(live.tokens[start:stop], np.int32)
         targets = np.asarray((live.tokens[start + 1 : stop + 1] + [0])[:count], np.int32)
         assert live.weights is not None
         width = live.weights.shape[1]
         routes = np.asarray([r[:width] for r in live.routes[start:stop]], np.int32).reshape(count, width)
-        row = live.row
-        began = time.perf_counter()
-        present = self.residency.store.present(given)
-        self.state, sampled, scores = self.programs.prefill(
-            self.state,
-            row,
-            tokens,
+        return self.programs.prefill_pass(
+            live.row,
+            np.asarray(live.tokens[start:stop], np.int32),
             start,
             routes,
             live.weights[start:stop],
             given,
-            present,
-            sampling=Samplings(*(a[row : row + 1] for a in self._samplings)),
-            last=last,
+            sampling=Samplings(*(a[live.row : live.row + 1] for a in self._samplings)),
+            last=stop == len(live.tokens),
             targets=targets if live.wants_prompt else None,
         )
-        self.seconds += time.perf_counter() - began
-        if last:
+
+    def _call(self, planned: Planned, ran: Pass, ahead: bool) -> Call[Live]:
+        """What is in flight of a planned call."""
+        piece = planned.piece
+        if piece is None:
+            lives = [_live(c.sequence) for c in planned.decodes]
+            call = Call([(s.row, s, s.epoch) for s in lives], ran, frozenset(planned.given))
+        else:
+            live = _live(piece.live)
+            lives = [live] if piece.stop == len(live.tokens) else []
+            about = (set[int](), ran if live.wants_prompt else None, piece.start, piece.stop - piece.start)
+            call = Call([(0, live, live.epoch)], ran if lives else None, piece.experts, *about)
+        for live in lives:
             live.dispatched(ahead)
-        echo = scores if live.wants_prompt else None
-        return Call([(0, live, live.epoch)], sampled, piece.experts, set(), echo, start, count)
+        return call
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -166,10 +191,11 @@ class Caller:
         if call.sampled is None:
             return None
         began = time.perf_counter()
-        s = call.sampled
+        s = call.sampled.sampled
         scored = any(live.params.logprobs is not None for _, live, _ in call.rows)
         more = [np.asarray(a) for a in (s.logprob, s.top_tokens, s.top_logprobs)] if scored else [None] * 3
         read = Read(np.asarray(s.tokens), np.asarray(s.experts), np.asarray(s.missing), *more)
+        self.streams.look()
         self.seconds += time.perf_counter() - began
         return read
 
@@ -177,7 +203,7 @@ class Caller:
         """Log-probabilities of the prompt's tokens that a scored prefill call ran or predicted."""
         assert call.echo is not None
         began = time.perf_counter()
-        logprob, tokens, logprobs = (np.asarray(a) for a in call.echo)
+        logprob, tokens, logprobs = (np.asarray(a) for a in call.echo.scores)
         self.seconds += time.perf_counter() - began
         wanted = live.params.logprobs or 0
         first = [TokenLogprob(live.tokens[0], None, ())] if call.start == 0 else []

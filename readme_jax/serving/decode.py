@@ -1,4 +1,5 @@
-"""One decode step: the last token of each row through the backbone, the next one sampled and routed, in one program.
+"""One decode step: the last token of each row through the backbone, the next one sampled and routed; in one program, or
+in one for each span of layers and one for the end.
 
 Activations are feature-major, [D, B], times weights [out, in]: on CPU the fast form for few rows. Caches are read as
 they were and written last, in place, at an index that depends on what was read: else XLA copies them.
@@ -57,6 +58,17 @@ class Weights(NamedTuple):
     layers: tuple[Params, ...]
     permanent: tuple[Expert | None, ...]
     router: Params | None
+
+    def span(self, layers: slice) -> Weights:
+        """Some of the layers; what follows them stands for the final norm."""
+        norm = self.layers[layers.stop]["attn_norm"] if layers.stop < len(self.layers) else self.final_norm
+        some = (self.layers[layers], self.permanent[layers])
+        return self._replace(head=self.embed, final_norm=norm, layers=some[0], permanent=some[1], router=None)
+
+    @property
+    def end(self) -> Weights:
+        """What comes after the layers."""
+        return self._replace(layers=(), permanent=())
 
 
 class Sampled(NamedTuple):
@@ -256,12 +268,10 @@ def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) ->
     return x, _norm(x, scale, shape.config.norm_eps)
 
 
-class Flow(NamedTuple):
-    """What goes from layer to layer in a step: x [D, B], and y, that normalised for what comes next; the step, its plan
-    (None: a dense model), and which rows [B] are `missing` an expert."""
+class Layout(NamedTuple):
+    """What all layers of a step share: the step, its plan (None: a dense model), and which rows [B] are `missing` an
+    expert."""
 
-    x: jax.Array
-    y: jax.Array
     step: Step
     plan: Plan | None
     missing: jax.Array
@@ -280,13 +290,49 @@ def decode_step(
 
     active [B] bool, present [P] int32 names `experts`, which has an entry a layer (of none: a dense model).
     """
-    flow = begin(shape, weights, state, active, present)
-    layers, flow = run_layers(shape, weights, experts, state.layers, flow)
-    return finish(shape, weights, replace(state, layers=layers), flow, sampling)
+    rows = lay_out(shape, state, active, present)
+    x, y = embed_rows(shape, weights, state, active.shape[0])
+    layers, _, y = run_layers(shape, weights, experts, state.layers, rows, x, y)
+    return finish(shape, weights, replace(state, layers=layers), rows, y, sampling)
 
 
-def begin(shape: Shape, weights: Weights, state: State, active: jax.Array, present: jax.Array) -> Flow:
-    """The rows' last tokens before the first layer, sorted by expert."""
+def decode_span(
+    shape: Shape,
+    weights: Weights,
+    experts: Sequence[Sequence[Expert]],
+    caches: Sequence[Cache],
+    state: State,
+    active: jax.Array,
+    present: jax.Array,
+    first: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[tuple[Cache, ...], jax.Array, jax.Array, jax.Array]:
+    """Some layers of a step, those of `weights`: x and y [D, B] come from the layers before, but for the `first`.
+
+    `caches` are theirs; `state` is only read. Returns caches, x, y, and a scalar that is there when all of it has run.
+    """
+    rows = lay_out(shape, state, active, present)
+    x, y = jax.lax.cond(first, lambda: embed_rows(shape, weights, state, active.shape[0]), lambda: (x, y))
+    caches, x, y = run_layers(shape, weights, experts, caches, rows, x, y)
+    return caches, x, y, after(y)
+
+
+def decode_end(
+    shape: Shape,
+    weights: Weights,
+    state: State,
+    active: jax.Array,
+    present: jax.Array,
+    y: jax.Array,
+    sampling: Samplings,
+) -> tuple[State, Sampled]:
+    """The end of a step whose layers have run: y [D, B] comes from the last one."""
+    return finish(shape, weights, state, lay_out(shape, state, active, present), y, sampling)
+
+
+def lay_out(shape: Shape, state: State, active: jax.Array, present: jax.Array) -> Layout:
+    """The rows' last tokens sorted by expert."""
     c, rows = shape.config, active.shape[0]
     positions = state.position[:rows]
     active = active & (positions < shape.length)
@@ -294,17 +340,27 @@ def begin(shape: Shape, weights: Weights, state: State, active: jax.Array, prese
     if shape.mixture:
         plan, runs = plan_rows(state.experts[:rows], state.weights[:rows], present, active, shape.cut)
     step = Step.at(positions, runs, attention.rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+    return Layout(step, plan, active & ~runs)
+
+
+def embed_rows(shape: Shape, weights: Weights, state: State, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The last tokens of rows 0 .. B before the first layer [D, B], and that normalised."""
     x = spread.embed(weights.embed, state.token[:rows], shape.cut.rest).T
-    y = _norm(x, weights.layers[0]["attn_norm"], c.norm_eps)
-    return Flow(x, y, step, plan, active & ~runs)
+    return x, _norm(x, weights.layers[0]["attn_norm"], shape.config.norm_eps)
 
 
 def run_layers(
-    shape: Shape, weights: Weights, experts: Sequence[Sequence[Expert]], caches: Sequence[Cache], flow: Flow
-) -> tuple[tuple[Cache, ...], Flow]:
-    """The layers of `weights`, whose `caches` get the rows' keys and values; the last y is normalised as `final_norm`
-    says."""
-    x, y, step, plan, _ = flow
+    shape: Shape,
+    weights: Weights,
+    experts: Sequence[Sequence[Expert]],
+    caches: Sequence[Cache],
+    rows: Layout,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[tuple[Cache, ...], jax.Array, jax.Array]:
+    """The layers of `weights` over x [D, B] and y, x normalised: both after the last layer, y then as `final_norm`
+    says. Their `caches` get the rows' keys and values."""
+    step, plan, _ = rows
     following = [*(p["attn_norm"] for p in weights.layers[1:]), weights.final_norm]
     new = []
     for i, p in enumerate(weights.layers):
@@ -316,7 +372,7 @@ def run_layers(
             delta = _feed_forward(shape, weights.permanent[i], plan, experts[i], y)
             x, y = _add_norm(shape, x, delta, following[i])
     positions = step.positions + after(y)
-    return _with(caches, new, jnp.arange(positions.shape[0]), positions, step.runs), flow._replace(x=x, y=y)
+    return _with(caches, new, jnp.arange(positions.shape[0]), positions, step.runs), x, y
 
 
 def after(x: jax.Array) -> jax.Array:
@@ -324,11 +380,13 @@ def after(x: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.argmax(x[0]).astype(jnp.int32), 0)
 
 
-def finish(shape: Shape, weights: Weights, state: State, flow: Flow, sampling: Samplings) -> tuple[State, Sampled]:
-    """Choose and route the rows' next tokens after the last layer."""
-    runs, positions = flow.step.runs, flow.step.positions + 1
+def finish(
+    shape: Shape, weights: Weights, state: State, rows: Layout, y: jax.Array, sampling: Samplings
+) -> tuple[State, Sampled]:
+    """Choose and route the rows' next tokens; y [D, B] comes from the last layer."""
+    runs, positions = rows.step.runs, rows.step.positions + 1
     with jax.named_scope("sample"):
-        own = (weights.head @ flow.y).T
+        own = (weights.head @ y).T
         logits = spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
         chosen = choose_tokens(logits, sampling, positions)
 
@@ -338,7 +396,7 @@ def finish(shape: Shape, weights: Weights, state: State, flow: Flow, sampling: S
 
     routed = route_next(shape, weights.router, chosen.tokens, jnp.where(runs, positions, 0), runs, attend_router)
     state = advance(state, jnp.arange(runs.shape[0]), runs, chosen.tokens, positions, routed)
-    return state, Sampled(*chosen, routed.experts, flow.missing)
+    return state, Sampled(*chosen, routed.experts, rows.missing)
 
 
 class Routed(NamedTuple):

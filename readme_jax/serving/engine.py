@@ -78,7 +78,7 @@ class Stats:
     hits: int  # experts of batches that were resident
     misses: int
     swaps: int  # residents replaced in the background
-    foreseen: int  # loads decided on at least one load time before the step that needs them could begin
+    foreseen: int  # loads for a call's layers, decided on at least their time before the call could begin
     late: int  # those of them that had not arrived then
     overhead: float  # share of the steps' time outside jitted calls
     compilations: int
@@ -243,8 +243,8 @@ class Engine:
             hits=cache.hits if cache else 0,
             misses=cache.misses if cache else 0,
             swaps=c.swaps,
-            foreseen=residency.foreseen,
-            late=residency.late,
+            foreseen=self._caller.streams.foreseen,
+            late=self._caller.streams.late,
             overhead=1 - c.calling / c.stepping if c.stepping else 0.0,
             compilations=self._caller.programs.compilations,
         )

@@ -7,11 +7,11 @@ reported the row as missing without computing anything, and the token runs again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from readme_jax.serving.residency import Residency
+from readme_jax.serving.residency import Moves, Residency
 from readme_jax.serving.work import Batch, Chunk, Route, experts_in
 from readme_jax.serving.work import Sequence as Work
 
@@ -126,41 +126,39 @@ class Piece(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A call to make now: one decode step of `decodes`, or a `piece` of a prompt; with the experts it is `given`."""
+    """A call to make: one decode step of `decodes`, or a `piece` of a prompt; with the experts it is `given`, after
+    `moves` in each span."""
 
     decodes: list[Chunk]
     piece: Piece | None
     given: tuple[int, ...]
+    moves: Moves
 
 
-def plan_calls(
-    batch: Batch, residency: Residency, longest: int, running: Callable[[], Any] = lambda: None
-) -> Iterator[Planned]:
-    """The calls of a batch, one after another: the decode rows in groups whose experts fit on the device at once, then
-    prompts in pieces of at most `longest` tokens.
-
-    Each call's experts are on the device, or on their way, when it is yielded, and until the next one is asked for.
-    `running`: the arrays of the step in flight, which loads wait for where nothing is loaded ahead.
-    """
+def plan_calls(batch: Batch, residency: Residency, longest: int) -> tuple[list[Planned], Moves]:
+    """The calls of a batch, one after another in each span: the decode rows in groups whose experts fit on the device
+    at once, then prompts in pieces of at most `longest` tokens. Also the moves after the last one."""
     decodes = [c for c in batch.chunks if _decodes(c)]
-    pieces = [p for c in batch.chunks if not _decodes(c) for p in _cut(c, residency, longest)]
-    needs = [experts_in(c.mask) for c in decodes]
-    needed = frozenset().union(*needs, *(p.experts for p in pieces))
-    whole = len(needed) <= residency.capacity
-    if whole:
-        residency.bring(needed, frozenset(), running)
-    groups = [list(range(len(decodes)))] if whole else residency.groups(needs)
-    for number, group in enumerate(groups):
-        if group:
-            later = frozenset().union(*(needs[i] for g in groups[number + 1 :] for i in g))
-            later = later.union(*(p.experts for p in pieces))
-            experts = frozenset().union(*(needs[i] for i in group))
-            residency.bring(experts, later, running)
-            yield Planned([decodes[i] for i in group], None, _given(residency, experts, residency.here))
-    for number, piece in enumerate(pieces):
-        later = frozenset().union(*(p.experts for p in pieces[number + 1 :]))
-        residency.bring(piece.experts, later, running)
-        yield Planned([], piece, _given(residency, piece.experts))
+    prompts = [c for c in batch.chunks if not _decodes(c)]
+    rest = [experts_in(c.mask) for c in prompts]
+    calls = []
+    while decodes:
+        needs = [experts_in(c.mask) for c in decodes]
+        group = residency.group(needs)
+        experts = frozenset[int]().union(*(needs[i] for i in group))
+        left = [i for i in range(len(decodes)) if i not in group]
+        moves = residency.bring(experts, frozenset().union(*(needs[i] for i in left), *rest))
+        calls.append(Planned([decodes[i] for i in group], None, _given(residency, experts, residency.here), moves))
+        decodes = [decodes[i] for i in left]
+    for number, chunk in enumerate(prompts):
+        start, end = chunk.start, chunk.start + chunk.count
+        while start < end:
+            piece = _cut(chunk.sequence, start, min(end, start + longest), residency)
+            start = piece.stop
+            left_over = experts_in(chunk.sequence.mask(start, end - start)) if start < end else frozenset[int]()
+            moves = residency.bring(piece.experts, left_over.union(*rest[number + 1 :]))
+            calls.append(Planned([], piece, _given(residency, piece.experts), moves))
+    return calls, residency.settle()
 
 
 def _decodes(chunk: Chunk) -> bool:
@@ -168,29 +166,17 @@ def _decodes(chunk: Chunk) -> bool:
     return chunk.count == 1 and chunk.sequence.primed
 
 
-def _cut(chunk: Chunk, residency: Residency, longest: int) -> list[Piece]:
-    """A prefill chunk in pieces: each within the longest compiled call, its experts within the device's room."""
-    sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-    pieces = []
-    while start < end:
-        stop = min(end, start + longest)
-        experts = experts_in(sequence.mask(start, stop - start))
-        if len(experts) > residency.capacity:
-            stop, experts = _within(sequence, start, stop, residency.capacity)
-        pieces.append(Piece(sequence, start, stop, experts))
-        start = stop
-    return pieces
-
-
-def _within(sequence: Work, start: int, stop: int, most: int) -> tuple[int, frozenset[int]]:
-    """How far tokens from `start` get with at most so many experts."""
-    experts = frozenset[int]()
-    for at in range(start, stop):
-        more = experts.union(sequence.routes[at])
-        if len(more) > most:
-            return at, experts
-        experts = more
-    return stop, experts
+def _cut(sequence: Work, start: int, stop: int, residency: Residency) -> Piece:
+    """A piece of a prompt from `start` on: up to `stop`, or as far as its experts fit on the device at once."""
+    experts = experts_in(sequence.mask(start, stop - start))
+    if not residency.fit(experts):
+        experts = frozenset(sequence.routes[start])
+        at = start + 1
+        while at < stop and residency.fit(experts.union(sequence.routes[at])):
+            experts = experts.union(sequence.routes[at])
+            at += 1
+        stop = at
+    return Piece(sequence, start, stop, experts)
 
 
 def _given(residency: Residency, experts: frozenset[int], spare: frozenset[int] = frozenset()) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from readme_jax.serving.programs import Programs
 
 class Footprint(NamedTuple):
     """Bytes on the device that an engine needs: weights that are always there (the permanent part included), the
-    experts of slots and staging in all layers, and the caches of R rows of S tokens."""
+    experts of all slots and of the ring, and the caches of R rows of S tokens."""
 
     weights: int
     experts: int
@@ -29,9 +29,9 @@ class Footprint(NamedTuple):
 def footprint(programs: Programs) -> Footprint:
     """What an engine over these programs and their store needs, known before anything runs."""
     store = programs.store
-    held = min(store.slots + store.staging, store.num_experts)
+    held = min(store.places, store.num_experts * len(store.spans)) * store.span_layers
     caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(programs.new_state)))
-    return Footprint(_bytes_of(programs.weights), held * store.expert_bytes * store.num_layers, caches)
+    return Footprint(_bytes_of(programs.weights), held * store.expert_bytes, caches)
 
 
 def device_bytes() -> int:
@@ -54,8 +54,8 @@ class Metered(Programs):
         super().__init__(*arguments, **options)
         self._beside: dict[tuple[Any, ...], int] = {}  # bytes of a program's temporaries and new results
 
-    def _program(self, name: str, *sizes: int) -> Callable[..., Any]:
-        program, key = super()._program(name, *sizes), (name, *sizes)
+    def program(self, name: str, *sizes: int) -> Callable[..., Any]:
+        program, key = super().program(name, *sizes), (name, *sizes)
         if key not in self._beside:
             memory = program.memory_analysis()  # type: ignore[attr-defined]
             self._beside[key] = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

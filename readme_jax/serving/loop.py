@@ -68,7 +68,10 @@ class Calls(Protocol):
         """Move a running sequence to another row."""
 
     def run(self, batch: Batch, ahead: bool) -> list[Call[Live]]:
-        """Dispatch a batch."""
+        """Begin to dispatch a batch."""
+
+    def proceed(self) -> None:
+        """Dispatch what is left of it, once the step before has been read."""
 
     def read(self, call: Call[Live]) -> Result | None:
         """Wait for a call's results."""
@@ -167,7 +170,7 @@ class Loop:
         flight = self.caller.run(batch, self.ahead) if batch.chunks else []
         before, self._flight = self._flight, flight if self.ahead else []
         self._read(before)
-        self.caller.residency.due(self.clock())
+        self.caller.proceed()
         if not self.ahead:
             self._read(flight)
         self._compact()
@@ -201,7 +204,7 @@ class Loop:
             running = [s for s in self.sequences.values() if s.running]
             chunks = self._with_room(self.scheduler.pick(running, self.caller.resident, now, Room(0)))
         batch = Batch(tuple(chunks.values()))
-        self.caller.residency.decide(batch.experts, self._future(batch, now, self._room()), now)
+        self.caller.residency.decide(batch.experts, self._future(batch, now, self._room()))
         for chunk in batch.chunks:
             chunk.sequence.computed += chunk.count
         return batch

@@ -48,8 +48,8 @@ SCORED = 64  # positions whose logits are held at once when a prompt is scored
 
 class Chunk(NamedTuple):
     """Tokens `start` .. `start + count` of a row: NumPy arrays, or traced ones. Arrays [C], routes [C, Kx], of which
-    `count` are real; routes of the others name no expert (-1). `targets` [C] are the tokens to score: each position's
-    successor."""
+    `count` are real; routes of the others name no expert (-1). `targets` are the tokens to score: each position's
+    successor; as many as the longest chunk has."""
 
     row: Any
     start: Any
@@ -80,19 +80,25 @@ class PromptRoutes(NamedTuple):
     values: jax.Array
 
 
-def prefill_chunk(
+def prefill_span(
     shape: Shape,
     weights: Weights,
     experts: Sequence[Sequence[Expert]],
-    state: State,
+    caches: Sequence[Cache],
     chunk: Chunk,
     present: jax.Array,
-    sampling: Samplings,
-) -> tuple[State, Sampled, Scores]:
-    """Write the keys and values of a chunk; see `Programs.prefill`. Arrays of `Sampled` have one row."""
-    x = spread.embed(weights.embed, chunk.tokens, shape.cut.rest)
-    layers, x = run_layers(shape, weights, experts, state.layers, chunk, present, x)
-    return finish(shape, weights, replace(state, layers=layers), chunk, sampling, x)
+    first: jax.Array,
+    x: jax.Array,
+) -> tuple[tuple[Cache, ...], jax.Array, jax.Array]:
+    """Some layers of a chunk, those of `weights`: x, of which the first C rows count, comes from the layers before, but
+    for the `first`.
+
+    `caches` are theirs. Returns caches, x, and a scalar that is there when all of it has run.
+    """
+    size = chunk.tokens.shape[0]
+    own = jax.lax.cond(first, lambda: spread.embed(weights.embed, chunk.tokens, shape.cut.rest), lambda: x[:size])
+    caches, own = run_layers(shape, weights, experts, caches, chunk, present, own)
+    return caches, jnp.pad(own, ((0, x.shape[0] - size), (0, 0))), after(own)
 
 
 def run_layers(
@@ -223,13 +229,14 @@ def _row(row: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=0)
 
 
-def finish(
+def prefill_end(
     shape: Shape, weights: Weights, state: State, chunk: Chunk, sampling: Samplings, x: jax.Array
 ) -> tuple[State, Sampled, Scores]:
-    """Choose and route the next token when the prompt ends here, set the row's last token to it, and score targets;
-    x [C, D] comes from the last layer.
+    """The end of a chunk whose layers have run, x [C, D] of any C: choose and route the next token when the prompt ends
+    here, set the row's last token to it, and score targets; see `Programs.prefill`.
 
-    Before the prompt's end only the row's position is set, to the end of what is written.
+    Before the prompt's end only the row's position is set, to the end of what is written. Arrays of `Sampled` have one
+    row.
     """
     x = rms_norm(x, weights.final_norm, shape.config.norm_eps)
     end = (chunk.start + chunk.count)[None]
@@ -250,7 +257,9 @@ def finish(
     state = advance(state, chunk.row[None], chunk.last[None], chosen.tokens, end, routed)
     state = replace(state, position=state.position.at[chunk.row].set(end[0]))
     top = (chosen.top_tokens, chosen.top_logprobs)
-    scores = jax.lax.cond(chunk.scored, lambda: _score(shape, x, weights.head, chunk.targets), lambda: _unscored(x))
+    scores = jax.lax.cond(
+        chunk.scored, lambda: _score(shape, x, weights.head, chunk.targets, chunk.count), lambda: _unscored(x)
+    )
     return state, Sampled(chosen.tokens, chosen.logprob, *top, routed.experts, jnp.zeros(1, bool)), scores
 
 
@@ -260,8 +269,9 @@ def _logits(shape: Shape, hidden: jax.Array, head: jax.Array) -> jax.Array:
     return spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
 
 
-def _score(shape: Shape, x: jax.Array, head: jax.Array, targets: jax.Array) -> Scores:
-    """Log-probabilities of `targets` [C] after hidden states x [C, D], a block of positions at a time."""
+def _score(shape: Shape, x: jax.Array, head: jax.Array, targets: jax.Array, count: jax.Array) -> Scores:
+    """Log-probabilities of the first `count` of `targets` [C] after hidden states x [C, D], a block of positions at a
+    time."""
     step = min(SCORED, x.shape[0])
 
     def block(i: jax.Array, scores: Scores) -> Scores:
@@ -277,7 +287,7 @@ def _score(shape: Shape, x: jax.Array, head: jax.Array, targets: jax.Array) -> S
             *(jax.lax.dynamic_update_slice_in_dim(a, b, first, axis=0) for a, b in zip(scores, new, strict=True))
         )
 
-    return jax.lax.fori_loop(0, -(-x.shape[0] // step), block, _unscored(x))
+    return jax.lax.fori_loop(0, -(-count // step), block, _unscored(x))
 
 
 def _unscored(x: jax.Array) -> Scores:

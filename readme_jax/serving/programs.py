@@ -1,7 +1,8 @@
 """The jitted calls of serving: route a prompt, prefill a chunk, decode a step, copy a row. No request logic.
 
-Each is compiled ahead of time for the shapes of `Limits`, unrolled over layers, with the arrays of the experts present
-as arguments. State and what is sampled stay on the device, so a call may be made before the last one's tokens are read.
+Each is compiled ahead of time for the shapes of `Limits`, unrolled over its layers (all, or a span of them: `passes`),
+with the arrays of the experts present as arguments. State and what is sampled stay on the device, so a call may be made
+before the last one's tokens are read.
 
 # R rows of the cache, S tokens a row, B rows of a decode call, C tokens of a chunk, P experts present, Kx experts a
 # token (0: a dense model), T tokens of a prompt
@@ -25,19 +26,18 @@ from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.errors import CheckpointError, ConfigError
 from readme_jax.models.llama import head_weight
 from readme_jax.models.runtime import Runtime, runtime_for
-from readme_jax.models.segments import Expert
 from readme_jax.serving import decode as decoding
 from readme_jax.serving import prefill as prefilling
-from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, bucket, decode_shapes, present_buckets
+from readme_jax.serving.buckets import CPU_PROGRAMS, GPU_PROGRAMS, Limits, bucket, decode_shapes
 from readme_jax.serving.decode import LEFT, Sampled, Shape, Weights
 from readme_jax.serving.kernels import BLOCK
+from readme_jax.serving.passes import DecodePass, Given, PrefillPass
 from readme_jax.serving.prefill import Chunk, Scores
 from readme_jax.serving.sampling import Samplings
 from readme_jax.serving.spread import Axes
 from readme_jax.serving.state import State, copy_rows, empty_state, insert_routed
 from readme_jax.serving.store import ExpertStore
 
-Present = Sequence[Sequence[Expert]]  # what `ExpertStore.present` returns
 # A whole call becomes one CUDA graph, branches and loops included: else the host waits for each of their conditions.
 GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
@@ -95,6 +95,7 @@ class Programs:
         self.weights = self._place(model, store)
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._small: dict[tuple[Any, ...], jax.Array] = {}
+        self._blank: dict[tuple[int, ...], jax.Array] = {}
         self.planned = len(self._all())
         most = CPU_PROGRAMS if self.platform == "cpu" else GPU_PROGRAMS
         if self.planned > most:
@@ -118,14 +119,14 @@ class Programs:
             return Routed(np.zeros((count, kx), np.int32), np.ones((count, kx), np.float32), None, None)
         padded = np.zeros(size, np.int32)
         padded[:count] = tokens
-        out = self._program("route", size)(self.weights.router, padded, np.int32(count))
+        out = self.program("route", size)(self.weights.router, padded, np.int32(count))
         return Routed(np.asarray(out.experts)[:count], np.asarray(out.weights)[:count], out.keys, out.values)
 
     def insert(self, state: State, row: int, routed: Routed) -> State:
         """The state with the router's cache of a prompt in a row; before the row's first `prefill`. Uses `state` up."""
         if routed.keys is None or state.router is None:
             return state
-        program = self._program("insert", routed.keys.shape[3])
+        program = self.program("insert", routed.keys.shape[3])
         return replace(state, router=program(state.router, np.int32(row), routed.keys, routed.values))
 
     def prefill(
@@ -137,7 +138,7 @@ class Programs:
         routes: np.ndarray,
         route_weights: np.ndarray,
         experts: Sequence[int],
-        weights: Present,
+        weights: Given,
         sampling: Samplings | None = None,
         last: bool = False,
         targets: np.ndarray | None = None,
@@ -150,6 +151,23 @@ class Programs:
         `Scores` holds what the model thought of them (the first C of the returned arrays). Raises ConfigError when a
         route names an expert that is not present, or the chunk passes the row's end.
         """
+        chunk = self.prefill_pass(row, tokens, start, routes, route_weights, experts, sampling, last, targets)
+        state = chunk.whole(state, weights)
+        return state, chunk.sampled, chunk.scores
+
+    def prefill_pass(
+        self,
+        row: int,
+        tokens: np.ndarray,
+        start: int,
+        routes: np.ndarray,
+        route_weights: np.ndarray,
+        experts: Sequence[int],
+        sampling: Samplings | None = None,
+        last: bool = False,
+        targets: np.ndarray | None = None,
+    ) -> PrefillPass:
+        """What `prefill` does, to be run span by span."""
         count = len(tokens)
         size = bucket(count, self.limits.chunks, "tokens of a chunk")
         if start + count > self.limits.length:
@@ -165,18 +183,14 @@ class Programs:
             _padded(tokens, size, 0, np.int32),
             _padded(routes, size, -1, np.int32).reshape(size, kx),
             _padded(route_weights, size, 1, np.float32).reshape(size, kx),
-            _padded(tokens if targets is None else targets, size, 0, np.int32),
+            _padded(() if targets is None else targets, self.limits.chunks[-1], 0, np.int32),
             np.bool_(last),
             np.bool_(targets is not None),
         )
-        present = self._present(experts)
-        program = self._program("prefill", size, self._each(present))
-        sampling = Samplings.greedy(1) if sampling is None else sampling
-        state, sampled, scores = program(self.weights, weights, state, chunk, present, sampling)
-        return state, sampled if last else None, None if targets is None else scores
+        return PrefillPass(self, chunk, experts, Samplings.greedy(1) if sampling is None else sampling)
 
     def decode(
-        self, state: State, active: np.ndarray, experts: Sequence[int], weights: Present, sampling: Samplings
+        self, state: State, active: np.ndarray, experts: Sequence[int], weights: Given, sampling: Samplings
     ) -> tuple[State, Sampled]:
         """Run the last token of the rows 0 .. B that are `active` [B] bool and sample, and route, the next. Uses
         `state` up.
@@ -184,13 +198,14 @@ class Programs:
         `experts` are those present, `weights` what `store.present(experts)` gave; `sampling` has B rows. The arrays of
         `Sampled` may have more rows than B. Rows whose token needs another expert are returned as `missing`.
         """
-        present = self._present(experts)
-        rows = self._rows(len(active), self._each(present))
-        program = self._program("decode", rows, self._each(present))
-        mask = np.zeros(rows, bool)
-        mask[: len(active)] = active
-        small = jax.tree.map(self._kept, (mask, present, sampling.padded(rows)))
-        return program(self.weights, weights, state, *small)
+        step = self.decode_pass(active, experts, sampling)
+        state = step.whole(state, weights)
+        assert step.sampled is not None
+        return state, step.sampled
+
+    def decode_pass(self, active: np.ndarray, experts: Sequence[int], sampling: Samplings) -> DecodePass:
+        """What `decode` does, to be run span by span."""
+        return DecodePass(self, active, experts, sampling)
 
     def copy_row(self, state: State, source: int, target: int, length: int) -> State:
         """The first `length` tokens of row `source` copied to `target`. Uses `state` up.
@@ -198,18 +213,18 @@ class Programs:
         With a length of S (or past the row's position) the whole row moves, its last token and route included, as
         known to the device.
         """
-        return self._program("copy")(state, np.int32(source), np.int32(target), np.int32(length))
+        return self.program("copy")(state, np.int32(source), np.int32(target), np.int32(length))
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Compile every program; returns how many there are. `progress(done, total)` is called after each."""
         keys = self._all()
         for done, key in enumerate(keys, start=1):
-            self._program(*key)
+            self.program(*key)
             if progress is not None:
                 progress(done, len(keys))
         return len(keys)
 
-    def _kept(self, array: np.ndarray) -> jax.Array:
+    def kept(self, array: np.ndarray) -> jax.Array:
         """A small host array on the device: the same one again where the last steps had an equal one, because a copy
         costs a GPU more than a layer."""
         key = (array.shape, array.dtype.str, array.tobytes())
@@ -219,19 +234,20 @@ class Programs:
             self._small[key] = jax.device_put(array, self._whole)
         return self._small[key]
 
+    def blank(self, *shape: int) -> jax.Array:
+        """Zeros on the device: what comes before the first layer."""
+        if shape not in self._blank:
+            self._blank[shape] = jax.device_put(np.zeros(shape, self.shape.runtime.dtype), self._whole)
+        return self._blank[shape]
+
     # --- shapes ---------------------------------------------------------------------------------------------------
 
-    def _present_sizes(self) -> tuple[int, ...]:
-        return present_buckets(self.store.num_experts, self.shape.top_k, self.store.ways)
+    def present(self, experts: Sequence[int], places: int = 0) -> np.ndarray:
+        """The experts of a call, padded as their arrays are; with `places`, by -1 to so many."""
+        given = np.asarray(self.store.padded(experts), np.int32)
+        return np.concatenate([given, np.full(max(places - len(given), 0), -1, np.int32)])
 
-    def _present(self, experts: Sequence[int]) -> np.ndarray:
-        return np.asarray(self.store.padded(experts), np.int32)
-
-    def _each(self, present: np.ndarray) -> int:
-        """Experts on each device, of those of all."""
-        return len(present) // self.store.ways
-
-    def _rows(self, rows: int, present: int) -> int:
+    def decode_rows(self, rows: int, present: int) -> int:
         """The smallest compiled decode call of at least `rows` rows with that many experts present."""
         for size, experts in self._decode_shapes():
             if size >= rows and experts == present:
@@ -239,18 +255,28 @@ class Programs:
         raise ConfigError(f"{rows} rows: the cache has {self.limits.rows}")
 
     def _decode_shapes(self) -> list[tuple[int, int]]:
-        return decode_shapes(self.limits, self.store.num_experts, self.shape.top_k, self.store.ways)
+        store = self.store
+        held = None if store.resident else store.slots + store.staging
+        return decode_shapes(self.limits, store.num_experts, self.shape.top_k, store.ways, held)
+
+    def _present_sizes(self) -> list[int]:
+        return sorted({present for _, present in self._decode_shapes()})
 
     def _all(self) -> list[tuple[Any, ...]]:
-        keys: list[tuple[Any, ...]] = [("decode", *shape) for shape in self._decode_shapes()]
-        keys += [("prefill", chunk, present) for chunk in self.limits.chunks for present in self._present_sizes()]
+        shapes, longest = self._decode_shapes(), self.limits.chunks[-1]
+        keys: list[tuple[Any, ...]] = [("decode" if self.store.resident else "decode_span", *each) for each in shapes]
+        if not self.store.resident:
+            keys += [("decode_end", rows) for rows in sorted({rows for rows, _ in shapes})]
+        chunks = self.limits.chunks
+        keys += [("prefill_span", chunk, present, longest) for chunk in chunks for present in self._present_sizes()]
+        keys.append(("prefill_end", longest))
         if self.shape.router is not None:
             keys += [(name, size) for size in self.limits.prompts for name in ("route", "insert")]
         return [*keys, ("copy",)]
 
     # --- compiling ------------------------------------------------------------------------------------------------
 
-    def _program(self, name: str, *sizes: int) -> Callable[..., Any]:
+    def program(self, name: str, *sizes: int) -> Callable[..., Any]:
         key = (name, *sizes)
         if key not in self._programs:
             function, arguments, donated, results = getattr(self, f"_{name}_program")(*sizes)
@@ -287,6 +313,14 @@ class Programs:
         whole = PartitionSpec()
         return State(PartitionSpec(None, self.spread.heads or None), whole, whole, whole, whole, whole)  # type: ignore[arg-type]
 
+    @property
+    def _cache_spec(self) -> Any:
+        return self._state_spec.layers
+
+    @property
+    def _rest_spec(self) -> State:
+        return replace(self._state_spec, layers=())
+
     def _abstract_state(self) -> State:
         def cut(spec: PartitionSpec, part: Any) -> Any:
             sharding = NamedSharding(self.mesh, spec)
@@ -294,35 +328,56 @@ class Programs:
 
         return jax.tree.map(cut, self._state_spec, jax.eval_shape(self._empty_state))
 
-    def _abstract_experts(self, present: int) -> list[list[Any]]:
-        return [[self.store.like] * present for _ in range(self.config.num_layers)]
+    def _span(self, present: int) -> tuple[Any, Any, Any]:
+        """Weights, experts and caches of a span's layers."""
+        layers = self.store.spans[0]
+        experts = [[self.store.like] * present for _ in range(layers.stop)]
+        return self.weights.span(layers), experts, self._abstract_state().layers[layers]
+
+    def _present_shape(self, present: int) -> np.ndarray:
+        return np.zeros(present * self.store.ways, np.int32)
 
     def _decode_program(self, rows: int, present: int) -> Program:
         arguments = (
             self.weights,
-            self._abstract_experts(present),
+            [[self.store.like] * present for _ in range(self.config.num_layers)],
             self._abstract_state(),
             np.zeros(rows, bool),
-            np.zeros(present * self.store.ways, np.int32),
+            self._present_shape(present),
             Samplings.greedy(rows),
         )
         return partial(decoding.decode_step, self._own), self._abstract(arguments), (2,), (self._state_spec, WHOLE)
 
-    def _prefill_program(self, size: int, present: int) -> Program:
+    def _decode_span_program(self, rows: int, present: int) -> Program:
+        rest = replace(self._abstract_state(), layers=(), router=None)
+        x = self.blank(self.config.embed_dim, rows)
+        small = (np.zeros(rows, bool), self._present_shape(present), np.bool_(0), x, x)
+        arguments = self._abstract((*self._span(present), rest, *small))
+        return partial(decoding.decode_span, self._own), arguments, (2,), (self._cache_spec, WHOLE, WHOLE, WHOLE)
+
+    def _decode_end_program(self, rows: int) -> Program:
+        x, present = self.blank(self.config.embed_dim, rows), np.zeros(self.store.num_experts, np.int32)
+        rest = replace(self._abstract_state(), layers=())
+        arguments = (self.weights.end, rest, np.zeros(rows, bool), present, x, Samplings.greedy(rows))
+        return partial(decoding.decode_end, self._own), self._abstract(arguments), (1,), (self._rest_spec, WHOLE)
+
+    def _prefill_span_program(self, size: int, present: int, longest: int) -> Program:
+        x = self.blank(longest, self.config.embed_dim)
+        small = (self._chunk(size, longest), self._present_shape(present), np.bool_(0), x)
+        arguments = self._abstract((*self._span(present), *small))
+        return partial(prefilling.prefill_span, self._own), arguments, (2,), (self._cache_spec, WHOLE, WHOLE)
+
+    def _prefill_end_program(self, longest: int) -> Program:
+        chunk = self._chunk(0, longest)._replace(tokens=None, experts=None, weights=None)
+        x, rest = self.blank(longest, self.config.embed_dim), replace(self._abstract_state(), layers=())
+        arguments = self._abstract((self.weights.end, rest, chunk, Samplings.greedy(1), x))
+        return partial(prefilling.prefill_end, self._own), arguments, (1,), (self._rest_spec, WHOLE, WHOLE)
+
+    def _chunk(self, size: int, longest: int) -> Chunk:
         zero, tokens = np.int32(0), np.zeros(size, np.int32)
         routes = np.zeros((size, self.shape.top_k), np.int32)
-        weights = routes.astype(np.float32)
-        chunk = Chunk(zero, zero, zero, tokens, routes, weights, tokens, np.bool_(0), np.bool_(0))
-        arguments = (
-            self.weights,
-            self._abstract_experts(present),
-            self._abstract_state(),
-            chunk,
-            np.zeros(present * self.store.ways, np.int32),
-            Samplings.greedy(1),
-        )
-        results = (self._state_spec, WHOLE, WHOLE)
-        return partial(prefilling.prefill_chunk, self._own), self._abstract(arguments), (2,), results
+        targets = np.zeros(longest, np.int32)
+        return Chunk(zero, zero, zero, tokens, routes, routes.astype(np.float32), targets, np.bool_(0), np.bool_(0))
 
     def _route_program(self, size: int) -> Program:
         arguments = (self.weights.router, np.zeros(size, np.int32), np.int32(0))

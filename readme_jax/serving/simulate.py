@@ -278,11 +278,14 @@ class _Caller:
         time = self.timeline.run(start, known, self.model.layer(batch), plan, self.model.head(samples))
         self.free = start + time.total
         self._record(batch, plan, time, now)
-        calls = [self._call(p, ahead) for p in plan_calls(batch, self.residency, self.setup.chunk)]
+        calls = [self._call(p, ahead) for p in plan_calls(batch, self.residency, self.setup.chunk)[0]]
         self.swap_on(time.total - time.transfer)
         self.before = now
         self.clock.advance(flying if ahead else self.free)
         return calls
+
+    def proceed(self) -> None:
+        """See `Calls.proceed`: nothing is left."""
 
     def _call(self, planned: Any, ahead: bool) -> Call[Live]:
         """A planned call, whose results are there when the device is free of it."""
@@ -364,7 +367,6 @@ class _Simulation:
         load = model.load * model.shape.num_layers if setup.load_seconds is None else setup.load_seconds
         places = Places(cache.experts, 0 if cache.all_resident else cache.slots, cache.staging, setup.top_k)
         residency = Residency(places, cache, load_seconds=load if setup.swaps else None)
-        residency.bring(cache.resident)
         self.caller = _Caller(residency, model, setup, self.clock)
         self.outcome = self.caller.outcome
         pages, rows = Pages(setup.pages or max(setup.rows, 1), setup.page_size), setup.buckets or (setup.rows,)

@@ -1,8 +1,10 @@
 """Where experts' weights lie: one array a layer, expert and projection, on the device or waiting in host memory.
 
 Every argument of a compiled step lies in device memory; with slots, host copies wait in `pinned_host` and travel by
-`device_put`, which returns at once. Dropping an expert that a step still in flight was given is safe: the runtime
-holds the arrays until the step ends. Which experts come and go is not decided here.
+`device_put`, which returns at once. An expert travels span by span: a span is the layers that one call runs. On the
+device there are k places for experts in every span, and a ring of some more that all spans share. A place whose expert
+was dropped is taken by another one once the calls that were given the old one have run: so the places are all that
+experts ever take. Which experts come and go is not decided here.
 
 On a mesh every device holds a part of each array (`spread.py`). Where devices share the experts, all are resident, and
 what a call is given is put together from the arrays of each device's experts: an entry is one expert on every device.
@@ -12,8 +14,9 @@ what a call is given is put together from the arrays of each device's experts: a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +28,31 @@ from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.errors import ConfigError
 from readme_jax.models.segments import Expert
 from readme_jax.parallel.mesh import make_mesh
-from readme_jax.serving.buckets import bucket, present_buckets
+from readme_jax.serving.buckets import bucket, present_buckets, spans_of
 from readme_jax.serving.spread import Axes, Spread, join
 
 Params = Mapping[str, Any]
 PARTS = ("gate", "up", "down")
 AXES = {"gate": 0, "up": 0, "down": 1}  # where each has its width
 JOINED = 256  # choices of an expert on every device whose arrays are kept put together
+IN_FLIGHT = 2  # spans at a time that the ring has room for: one that runs, one whose experts arrive
+
+
+class Place(NamedTuple):
+    """Room for an expert in the layers of a span: what it held (None: nothing yet), and a result of the last call that
+    was given that (None: no call)."""
+
+    held: list[Expert] | None = None
+    fence: jax.Array | None = None
 
 
 class ExpertStore:
-    """The feed-forward weights of a model: the permanent part always on the device, experts in slots.
+    """The feed-forward weights of a model: the permanent part always on the device, experts in places.
 
     `permanent` has an entry a layer: the part every token runs (of a dense model all of it), or None.
-    `loads` and `bytes_loaded` count copies from host to device since the start; `expert_bytes` is one of them, an
-    expert of a layer, and `like` the abstract arrays of an entry of `present` (None: a dense model).
+    `spans` are the layers that a call runs where experts stream. `places` is how many experts of a span the device has
+    room for. `loads` and `bytes_loaded` count copies from host to device since the start; `expert_bytes` is one of
+    them, an expert of a layer, and `like` the abstract arrays of an entry of `present` (None: a dense model).
     """
 
     def __init__(
@@ -53,9 +66,9 @@ class ExpertStore:
         """Place a model's feed-forward weights on `mesh` (default: the first device). Tied mixtures get arrays of their
         own.
 
-        `slots` k a layer (None, or E and more: all resident and no host copies) and `staging` more a layer, which hold
-        experts that stream through. Raises ConfigError when a token's experts do not fit, or slots are to hold experts
-        that devices share.
+        `slots` k a layer (None, or E and more: all resident and no host copies) and `staging` more for those that
+        stream through a span. Raises ConfigError when a token's experts do not fit, or slots are to hold experts that
+        devices share.
         """
         mixture = model.mixture if isinstance(model, Mixture) else None
         self.num_layers = model.config.num_layers
@@ -63,7 +76,7 @@ class ExpertStore:
         self.top_k = mixture.top_k if mixture else 0
         self.resident = slots is None or slots >= self.num_experts
         self.slots = self.num_experts if slots is None or self.resident else slots
-        self.staging = 0 if self.resident else staging
+        self.staging = 0 if self.resident else min(staging, self.num_experts - self.slots)
         if mixture and self.slots + self.staging < mixture.top_k:
             raise ConfigError(f"slots {slots} and staging {staging}: a token needs {mixture.top_k} experts at once")
         mesh = make_mesh(config.Mesh(), jax.devices()[:1]) if mesh is None else mesh
@@ -75,9 +88,12 @@ class ExpertStore:
             )
         self.loads, self.bytes_loaded = 0, 0
         self._joined: dict[tuple[int, ...], list[Expert]] = {}
-        self._on_device: list[dict[int, Expert]] = [{} for _ in range(self.num_layers)]
-        self._waiting: list[dict[int, Expert]] = [{} for _ in range(self.num_layers)]
-        self._staged: list[dict[int, Expert]] = [{} for _ in range(self.num_layers)]  # oldest first
+        self.spans = spans_of(self.num_layers)
+        self._on_device: list[dict[int, list[Expert]]] = [{} for _ in self.spans]
+        self._waiting: list[dict[int, list[Expert]]] = [{} for _ in self.spans]
+        self.places = len(self.spans) * self.slots + IN_FLIGHT * self.staging
+        self._free = deque([Place()] * self.places)  # to be taken, longest dropped first
+        self._fences: list[jax.Array | None] = [None] * len(self.spans)  # of the last call that ran each span
         self.permanent: list[Expert | None] = []
         home = self._on_device if self.resident else self._waiting
         kind = "device" if self.resident else "pinned_host"
@@ -90,8 +106,9 @@ class ExpertStore:
             for e in range(self.num_experts):
                 part = p[f"experts_{e}"] if channels is None else _rows(p["ffn"], channels["experts"][e])
                 holders = self.spread.holders(e // self.each)
-                home[i][e] = _place(part, dtype, holders, holders.width, kind)
-        first = home[0].get(0)
+                placed = _place(part, dtype, holders, holders.width, kind)
+                home[i // self.span_layers].setdefault(e, []).append(placed)
+        first = home[0][0][0] if self.num_experts else None
         self.expert_bytes = sum(w.nbytes for w in first or ())
         self.like = None if first is None else self._entry(first)
         self._idle = self._without_experts(first, dtype)
@@ -101,48 +118,69 @@ class ExpertStore:
         """Experts a device."""
         return -(-self.num_experts // self.ways)
 
-    def load(self, layer: int, expert: int) -> None:
-        """Start the copy of an expert of a layer into a slot; nothing where it already has one.
+    @property
+    def span_layers(self) -> int:
+        """Layers of a span."""
+        return self.spans[0].stop
 
-        A staged copy is taken over. Raises ConfigError when all k slots of the layer are taken.
+    def load(self, span: int, expert: int) -> None:
+        """Start the copy of an expert into the layers of a span; nothing where it is there already.
+
+        Waits for `fence`. Raises ConfigError when no place is free.
         """
-        if expert in self._on_device[layer]:
+        if expert in self._on_device[span]:
             return
-        if len(self._on_device[layer]) >= self.slots:
-            raise ConfigError(f"layer {layer}: all {self.slots} slots are taken; drop an expert first")
-        staged = self._staged[layer].pop(expert, None)
-        self._on_device[layer][expert] = staged or self._copy(layer, expert)
+        self.wait(self.fence)
+        self._free.popleft()
+        self.loads += self.span_layers
+        self.bytes_loaded += self.span_layers * self.expert_bytes
+        self._on_device[span][expert] = self._copy(span, expert)
 
-    def stage(self, layer: int, expert: int) -> None:
-        """Start the copy of an expert of a layer into the ring of staging slots, in place of its oldest; nothing where
-        it is on the device. Raises ConfigError when there is no staging."""
-        if not self.staging:
-            raise ConfigError("staging 0: nothing can stream")
-        if expert in self._on_device[layer] or expert in self._staged[layer]:
-            return
-        if len(self._staged[layer]) >= self.staging:
-            del self._staged[layer][next(iter(self._staged[layer]))]
-        self._staged[layer][expert] = self._copy(layer, expert)
+    @property
+    def fence(self) -> jax.Array | None:
+        """A result of the last call that was given what the place longest free held: the next load waits for it."""
+        if not self._free:
+            raise ConfigError(f"all {self.places} places for experts are taken; drop one first")
+        return self._free[0].fence
 
-    def drop(self, layer: int, expert: int) -> None:
-        """Free an expert's slot or staging slot in a layer."""
+    def drop(self, span: int, expert: int) -> None:
+        """Free the place of an expert in a span; nothing where it has none."""
         if self.resident:
             raise ConfigError("all experts are resident: none is dropped")
-        self._on_device[layer].pop(expert, None)
-        self._staged[layer].pop(expert, None)
+        held = self._on_device[span].pop(expert, None)
+        if held is not None:
+            self._free.append(Place(held, self._fences[span]))
 
-    def on_device(self, layer: int = 0) -> frozenset[int]:
-        """Experts of a layer in slots or staging slots."""
-        return frozenset(self._on_device[layer]) | frozenset(self._staged[layer])
+    def clear(self) -> None:
+        """Free all places, whatever became of the calls that were given what they held."""
+        for held in self._on_device:
+            held.clear()
+        self._free = deque([Place()] * self.places)
+        self._fences = [None] * len(self.spans)
+
+    def used(self, span: int, done: jax.Array | None) -> None:
+        """A call was given experts of a span; `done` is a result of it that nothing uses up."""
+        self._fences[span] = done
+
+    def on_device(self, span: int = 0) -> frozenset[int]:
+        """Experts with a place in a span."""
+        return frozenset(self._on_device[span])
+
+    def arrays(self, span: int, expert: int) -> list[Expert]:
+        """An expert in the layers of a span, on the device or on its way there."""
+        return self._on_device[span][expert]
 
     def arrived(self, expert: int) -> bool:
-        """Whether an expert's copies are on the device in every layer, none still on its way."""
-        held = [self._on_device[i].get(expert) or self._staged[i].get(expert) for i in range(self.num_layers)]
-        return all(w is not None and all(a.is_ready() for a in w) for w in held)  # type: ignore[attr-defined]
+        """Whether an expert is on the device in all layers, no copy still on its way."""
+        return all(expert in held and self.ready(held[expert]) for held in self._on_device)
 
-    def wait(self, experts: Sequence[int] = (), arrays: Any = None) -> None:
-        """Wait until experts have arrived, and for arrays."""
-        jax.block_until_ready((arrays, [self._get(i, e) for e in experts for i in range(self.num_layers)]))
+    def ready(self, arrays: Any) -> bool:
+        """Whether all arrays of a tree have been computed, or have arrived."""
+        return all(a.is_ready() for a in jax.tree.leaves(arrays))
+
+    def wait(self, arrays: Any) -> None:
+        """Wait until all arrays of a tree have been computed, or have arrived."""
+        jax.block_until_ready(arrays)
 
     def padded(self, experts: Sequence[int]) -> tuple[int, ...]:
         """The experts, repeated from the first on, up to a number that calls are compiled for; () for a dense model.
@@ -159,36 +197,38 @@ class ExpertStore:
         spare = experts[0] if self.ways == 1 else self.num_experts
         return tuple(e for some in own for e in (*some, *[spare] * (size - len(some))))
 
-    def present(self, experts: Sequence[int]) -> list[list[Expert]]:
-        """An entry a layer: the arrays of `experts` on the device, padded by repeating (see `padded`); where X devices
-        share experts, each array is one expert on every device.
+    def present(self, experts: Sequence[int], span: int | None = None) -> list[list[Expert]]:
+        """An entry a layer, of a span or of all: the arrays of `experts` on the device, padded by repeating (see
+        `padded`); where X devices share experts, each array is one expert on every device.
 
-        Raises ConfigError when one of them is on the device in no slot.
+        Raises ConfigError when one of them is not on the device.
         """
         order = self.padded(experts)
         if self.ways == 1:
-            return [[self._get(i, e) for e in order] for i in range(self.num_layers)]
+            spans = range(len(self.spans)) if span is None else (span,)
+            return [list(layer) for i in spans for layer in self._layers(i, order)]
         each = len(order) // self.ways
-        entries = [self._together(order[at::each]) for at in range(each)]
+        layers = slice(None) if span is None else self.spans[span]
+        entries = [self._together(order[at::each])[layers] for at in range(each)]
         return [list(layer) for layer in zip(*entries, strict=True)]
 
     def device_bytes(self) -> int:
-        """Bytes of feed-forward weights on the device, copies on their way included."""
+        """Bytes of feed-forward weights on the device, copies on their way and places not yet used again included."""
         held = [p for p in self.permanent if p is not None]
-        held += [w for layer in (*self._on_device, *self._staged) for w in layer.values()]
+        held += [w for span in self._on_device for layers in span.values() for w in layers]
+        held += [w for place in self._free for w in place.held or ()]
         return sum(w.nbytes for expert in held for w in expert)
 
-    def _copy(self, layer: int, expert: int) -> Expert:
-        self.loads += 1
-        self.bytes_loaded += self.expert_bytes
-        waiting = self._waiting[layer][expert]
+    def _copy(self, span: int, expert: int) -> list[Expert]:
+        waiting = self._waiting[span][expert]
         return jax.device_put(waiting, jax.tree.map(lambda w: w.sharding.with_memory_kind("device"), waiting))
 
-    def _get(self, layer: int, expert: int) -> Expert:
-        found = self._on_device[layer].get(expert) or self._staged[layer].get(expert)
-        if found is None:
-            raise ConfigError(f"layer {layer}: expert {expert} is not on the device; load it first")
-        return found
+    def _layers(self, span: int, order: Sequence[int]) -> list[tuple[Expert, ...]]:
+        held = self._on_device[span]
+        absent = [e for e in order if e not in held]
+        if absent:
+            raise ConfigError(f"span {span}: expert {absent[0]} is not on the device; load it first")
+        return list(zip(*(held[e] for e in order), strict=True)) if order else [()] * self.span_layers
 
     def _together(self, chosen: tuple[int, ...]) -> list[Expert]:
         """Of each layer: an expert of every device, E for any, as one array each."""
@@ -203,7 +243,10 @@ class ExpertStore:
     def _held(self, layer: int, device: int, expert: int) -> Expert:
         """An expert of a device, or its first one for E."""
         expert = expert if expert < self.num_experts else device * self.each
-        return self._on_device[layer][expert] if expert < self.num_experts else self._idle[device]
+        if expert >= self.num_experts:
+            return self._idle[device]
+        span, at = divmod(layer, self.span_layers)
+        return self._on_device[span][expert][at]
 
     def _entry(self, expert: Expert) -> Expert:
         """The abstract arrays of an entry of `present`."""

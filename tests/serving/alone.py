@@ -38,10 +38,11 @@ def engine_over(compiled: Programs, model: Any, serving: config.Serving, **optio
     `serving.chunk`."""
     store = ExpertStore(model, slots_of(model, serving, np.float32), serving.staging)
     programs = copy.copy(compiled)
-    chunks = tuple(c for c in compiled.limits.chunks if c <= serving.chunk)
-    programs.store, programs.limits = store, dataclasses.replace(compiled.limits, chunks=chunks)
+    programs.store = store
     scheduler = make_scheduler(serving.scheduler, serving.budget, COSTS, max(store.num_experts, 1))
     caller = Caller(programs, residency_of(store, serving))
+    chunks = tuple(c for c in compiled.limits.chunks if c <= serving.chunk)
+    caller.limits = dataclasses.replace(compiled.limits, chunks=chunks)
     options.setdefault("clock", Ticks())
     return Engine(caller, scheduler, serving, model.config.vocab_size, model.tokenizer, **options)
 

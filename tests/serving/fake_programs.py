@@ -71,56 +71,88 @@ class FakeState:
 
 
 class FakeStore:
-    """Counts slots as the real one does, and refuses what it refuses."""
+    """Counts places as the real one does, and refuses what it refuses."""
 
     expert_bytes = 100
     num_layers = LAYERS
+    fence = None  # nothing is in flight
 
     def __init__(self, experts: int, slots: int = 0, staging: int = 0) -> None:
         self.num_experts = experts
         self.resident = not 0 < slots < experts
         self.slots = experts if self.resident else slots
         self.staging = 0 if self.resident else staging
+        self.spans = tuple(slice(i, i + 1) for i in range(LAYERS))
         self.loads = self.bytes_loaded = 0
-        everything = set(range(experts)) if self.resident else set()
-        self._slots = [set(everything) for _ in range(LAYERS)]
-        self._staged: list[list[int]] = [[] for _ in range(LAYERS)]
+        self._held = [set(range(experts)) if self.resident else set[int]() for _ in self.spans]
 
-    def load(self, layer: int, expert: int) -> None:
-        assert expert not in self._slots[layer] and len(self._slots[layer]) < self.slots
-        self._slots[layer].add(expert)
-        if expert in self._staged[layer]:  # taken over
-            self._staged[layer].remove(expert)
-        else:
-            self.loads += 1
-
-    def stage(self, layer: int, expert: int) -> None:
-        assert expert not in self.on_device(layer) and len(self._staged[layer]) < self.staging
-        self._staged[layer].append(expert)
+    def load(self, span: int, expert: int) -> None:
+        assert expert not in self._held[span]
+        self._held[span].add(expert)
+        assert sum(len(held) for held in self._held) <= LAYERS * self.slots + self.staging
         self.loads += 1
 
-    def drop(self, layer: int, expert: int) -> None:
+    def drop(self, span: int, expert: int) -> None:
         assert not self.resident
-        self._slots[layer].discard(expert)
-        self._staged[layer] = [e for e in self._staged[layer] if e != expert]
+        self._held[span].remove(expert)
 
-    def on_device(self, layer: int = 0) -> frozenset[int]:
-        return frozenset(self._slots[layer]) | frozenset(self._staged[layer])
+    def clear(self) -> None:
+        for held in self._held:
+            held.clear()
+
+    def on_device(self, span: int = 0) -> frozenset[int]:
+        return frozenset(self._held[span])
+
+    def arrays(self, span: int, expert: int) -> None:
+        assert expert in self._held[span]
 
     def arrived(self, expert: int) -> bool:
-        return all(expert in self.on_device(layer) for layer in range(LAYERS))
+        return all(expert in held for held in self._held)
 
-    def wait(self, experts: Any = (), arrays: Any = None) -> None:
-        assert all(self.arrived(e) for e in experts)
+    def used(self, span: int, done: Any) -> None:
+        """Nothing is in flight."""
+
+    def ready(self, arrays: Any) -> bool:
+        return True
+
+    def wait(self, arrays: Any) -> None:
+        """See `used`."""
 
     def padded(self, experts: Any) -> tuple[int, ...]:
         size = next(n for n in (0, 1, 2, 4, self.num_experts) if n >= len(experts))
         return (*experts, *[experts[0]] * (size - len(experts)))
 
-    def present(self, experts: Any) -> list[tuple[int, ...]]:
+    def present(self, experts: Any, span: int | None = None) -> list[tuple[int, ...]]:
         order = self.padded(experts)
-        assert all(self.on_device(layer).issuperset(order) for layer in range(LAYERS))
-        return [order] * LAYERS
+        held = self._held if span is None else [self._held[span]]
+        assert all(each.issuperset(order) for each in held)
+        return [order] * len(held)
+
+
+class FakePass:
+    """A call that computes everything at its end. It must have run every span in order, with its experts."""
+
+    done = None
+
+    def __init__(self, programs: FakePrograms, given: Any, compute: Any) -> None:
+        self.programs, self.given, self.compute = programs, given, compute
+        self.spans: list[int] = []
+        self.sampled = self.scores = None
+
+    def run(self, state: FakeState, span: int, weights: Any) -> FakeState:
+        assert weights == [self.programs.store.padded(self.given)]
+        self.spans.append(span)
+        return state
+
+    def finish(self, state: FakeState) -> FakeState:
+        assert self.spans == list(range(LAYERS))
+        state, self.sampled, self.scores = self.compute(state)
+        return state
+
+    def whole(self, state: FakeState, weights: Any) -> FakeState:
+        for span in range(LAYERS):
+            self.run(state, span, weights[span : span + 1])
+        return self.finish(state)
 
 
 class FakePrograms:
@@ -158,22 +190,14 @@ class FakePrograms:
         state.position[target] = min(length, state.position[source])
         return state
 
-    def prefill(
-        self,
-        state,
-        row,
-        tokens,
-        start,
-        routes,
-        route_weights,
-        experts,
-        weights,
-        sampling=None,
-        last=False,
-        targets=None,
-    ):
+    def prefill_pass(
+        self, row, tokens, start, routes, route_weights, experts, sampling=None, last=False, targets=None
+    ) -> FakePass:
+        about = (row, tokens, start, routes, route_weights, experts, sampling, last, targets)
+        return FakePass(self, experts, lambda state: self._prefill(state, *about))
+
+    def _prefill(self, state, row, tokens, start, routes, route_weights, experts, sampling, last, targets):
         assert len(tokens) <= self.limits.chunks[-1] and len(route_weights) == len(routes) == len(tokens)
-        assert all(layer == self.store.padded(experts) for layer in weights)
         state, stop = _copy(state), start + len(tokens)
         assert NOTHING not in state.keys[row, :start]
         state.keys[row, start:stop] = tokens
@@ -190,8 +214,10 @@ class FakePrograms:
             scores = self._score(known, start, targets)
         return state, sampled, scores
 
-    def decode(self, state, active, experts, weights, sampling):
-        assert all(layer == self.store.padded(experts) for layer in weights)
+    def decode_pass(self, active, experts, sampling) -> FakePass:
+        return FakePass(self, experts, lambda state: self._decode(state, active, experts, sampling))
+
+    def _decode(self, state, active, experts, sampling):
         assert len(active) in self.limits.decode and len(sampling.seed) == len(active)
         state = _copy(state)
         runs = [r for r in np.flatnonzero(active) if set(state.experts[r].tolist()) <= set(experts)]
@@ -202,7 +228,7 @@ class FakePrograms:
         sampled = self._sample(state, runs, sampling, len(active), decode=True)
         missing = np.asarray(active).copy()
         missing[runs] = False
-        return state, sampled._replace(missing=missing)
+        return state, sampled._replace(missing=missing), None
 
     def _sample(
         self, state: FakeState, rows: list[int], sampling: Samplings, size: int = 1, decode: bool = False
@@ -259,7 +285,6 @@ def fake_engine(
     cache = None if store.resident else ExpertCache(model.experts, store.slots, store.staging, settings.policy)
     programs: Any = FakePrograms(model, store, limits)
     residency: Residency = Residency(store, cache, settings.prefetch, load_seconds)
-    residency.bring(residency.resident)
     scheduler = make_scheduler(settings.scheduler, settings.budget, COSTS, model.experts)
     options.setdefault("clock", Ticks())
     return Engine(Caller(programs, residency), scheduler, settings, model.vocab, tokenizer, **options)

@@ -330,18 +330,24 @@ def test_stopping_ends_what_is_alive():
     assert all(h.result().finish_reason in ("cancelled", "length") for h in handles)
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(caplog):
-    engine = fake_engine(serving())
+@pytest.mark.parametrize("slots", [0, 1])
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(caplog, slots):
+    """With slots in the middle of a span, where its experts have come and those of the next one have not."""
+    engine = fake_engine(serving(slots=slots, staging=1))
     programs, broken = engine._caller.programs, threading.Event()
-    decode = programs.decode
+    decode = programs.decode_pass
 
     def failing(*args):
+        made = decode(*args)
         if not broken.is_set():
             broken.set()
-            raise RuntimeError("device lost")
-        return decode(*args)
+            made.run = made.finish = fail
+        return made
 
-    programs.decode = failing
+    def fail(*args):
+        raise RuntimeError("device lost")
+
+    programs.decode_pass = failing
     engine.start()
     failed = engine.submit(Request([1, 2], SamplingParams(max_tokens=5))).result()
     assert failed.finish_reason == "error" and "RuntimeError" in failed.error

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from readme_jax.errors import ConfigError
 from readme_jax.serving.expert_cache import ExpertCache, replay
-from readme_jax.serving.residency import Places, Residency
+from readme_jax.serving.residency import Moves, Places, Residency
 from readme_jax.serving.work import experts_in
 
 EXPERTS = 6
@@ -145,39 +145,92 @@ def test_bad_settings_name_themselves(arguments, says) -> None:
         ExpertCache(*arguments)
 
 
-# --- lateness -----------------------------------------------------------------------------------------------------
+# --- moves --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("due", "coming", "foreseen", "late"),
-    [
-        (0.2, 2, 1, 1),  # decided on two load times before, and still on its way
-        (0.2, None, 1, 0),  # in time
-        (0.05, 2, 0, 0),  # needed before a load could have arrived: nobody's fault
-    ],
-)
-def test_a_load_known_a_load_time_ahead_that_has_not_arrived_is_late(due, coming, foreseen, late) -> None:
-    cache = ExpertCache(4, 2, 1)
-    residency = Residency(Places(4, 2, 1), cache, load_seconds=0.1)
-    residency.bring(cache.resident)
-    residency.decide(frozenset({0, 2}), (), now=1.0)
-    residency.bring(frozenset({0, 2}))
-    residency.store.coming = coming
-    residency.due(1.0 + due)
-    assert (residency.foreseen, residency.late) == (foreseen, late)
-    residency.due(9.0)
-    residency.decide(frozenset({0, 2}), (), now=10.0)  # on the device by now: no load
-    residency.bring(frozenset({0, 2}))
-    residency.due(11.0)
-    assert (residency.foreseen, residency.late) == (foreseen, late)  # each load counts once
+def residency(experts: int, slots: int, staging: int, **options: float) -> Residency:
+    return Residency(Places(experts, slots, staging), ExpertCache(experts, slots, staging), **options)
 
 
-def test_loads_of_later_calls_of_a_step_are_not_due_with_its_first() -> None:
-    cache = ExpertCache(4, 1)
-    residency = Residency(Places(4, 1, 0), cache, load_seconds=0.1)
-    residency.bring(cache.resident)
-    residency.decide(frozenset({1, 2, 3}), (), now=0.0)
-    for expert in (1, 2, 3):
-        residency.bring(frozenset({expert}))
-    residency.due(1.0)
-    assert residency.foreseen == 1
+def test_missing_experts_stream_past_residents_that_are_needed_sooner() -> None:
+    """Belady keeps 0 and 1, which the next batch needs: 2 and 3 pass one after the other."""
+    made = residency(4, 2, staging=1)
+    made.decide(frozenset({2, 3}), [0b0011])
+    assert not made.fit(frozenset({2, 3}))
+    assert made.group([frozenset({2}), frozenset({3}), frozenset({2})]) == [0, 2]
+    assert made.bring(frozenset({2}), later=frozenset({3})) == Moves((), (2,))
+    assert made.bring(frozenset({3})) == Moves((2,), (3,))
+    assert made.settle() == Moves((3,), ())
+    assert made.held == {0, 1}
+
+
+def test_a_resident_to_be_leaves_last_and_its_victim_first() -> None:
+    made = residency(4, 2, staging=1)
+    made.decide(frozenset({0, 2, 3}), [0b0101])  # 2 takes the place of 1, which nobody needs
+    assert made.resident == {0, 2}
+    assert made.bring(frozenset({0, 2}), later=frozenset({3})) == Moves((), (2,))
+    assert made.bring(frozenset({3})) == Moves((1,), (3,))
+    assert made.settle() == Moves((3,), ())
+    assert made.held == {0, 2}
+
+
+def test_a_token_whose_experts_do_not_fit_beside_residents_sends_one_away() -> None:
+    made = residency(4, 2, staging=1)
+    made.decide(frozenset({2, 3}), [0b0011])
+    assert made.group([frozenset({2, 3})]) == [0]
+    moves = made.bring(frozenset({2, 3}))
+    assert len(moves.drop) == 1 and set(moves.load) == {2, 3} and len(made.held) == 3
+    made.settle()
+    assert len(made.held) == 2 and made.held & {0, 1}
+
+
+def test_without_staging_a_step_runs_in_waves() -> None:
+    made = residency(4, 1, staging=0)
+    made.decide(frozenset({0, 1, 2}))
+    needs = [frozenset({e}) for e in (2, 1, 0)]
+    assert made.group(needs) == [2]
+    for expert in (0, 1, 2):
+        made.bring(frozenset({expert}))
+        assert made.held == {expert}
+
+
+def test_a_swap_arrives_after_a_steps_calls_and_counts_once_it_is_there() -> None:
+    made = residency(4, 2, staging=1, load_seconds=0.1)
+    assert made.swap([0, 0, 1.0, 0], [3.0, 1.0, 0, 0]) == (False, True)  # 2 for 1
+    made.decide(frozenset({0}))
+    assert made.bring(frozenset({0})) == Moves()
+    assert made.settle() == Moves((1,), (2,))
+    assert made.held == {0, 2} and made.here == {0}, "on its way: no call is given it for want of a better one"
+    made.store.coming = 2
+    assert made.swap([0] * 4, [1.0] * 4) == (False, False)
+    made.store.coming = None
+    assert made.swap([0] * 4, [1.0] * 4) == (True, False)
+    assert made.resident == made.here == {0, 2}
+
+
+def test_a_step_that_needs_the_expert_being_swapped_brings_it() -> None:
+    made = residency(4, 2, staging=1, load_seconds=0.1)
+    made.swap([0, 0, 1.0, 0], [3.0, 1.0, 0, 0])
+    made.decide(frozenset({0, 2}))
+    assert made.bring(frozenset({0, 2})) == Moves((), (2,))
+    assert made.settle() == Moves((1,), ())
+    assert made.held == made.resident == {0, 2}
+
+
+@given(st.integers(1, 5), st.integers(0, 3), st.lists(st.sets(st.integers(0, 6), min_size=1), max_size=30))
+def test_calls_get_their_experts_within_the_places_there_are(slots: int, staging: int, batches: list[set[int]]) -> None:
+    made = residency(7, slots, staging)
+    for number, needed in enumerate(batches):
+        made.decide(frozenset(needed), [sum(1 << e for e in batch) for batch in batches[number + 1 :]])
+        needs = [frozenset({e}) for e in sorted(needed)]
+        while needs:
+            held, group = made.held, made.group(needs)
+            experts = frozenset().union(*(needs[i] for i in group))
+            moves = made.bring(experts)
+            assert held - set(moves.drop) | set(moves.load) == made.held >= experts
+            assert not set(moves.load) & held and set(moves.drop) <= held and len(made.held) <= slots + staging
+            if len(group) > 1 or len(experts) <= staging:
+                assert made.held >= held & made.resident
+            needs = [need for i, need in enumerate(needs) if i not in group]
+        made.settle()
+        assert len(made.held) <= slots

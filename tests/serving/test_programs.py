@@ -196,9 +196,7 @@ def test_one_expert_without_a_router_is_a_smaller_dense_model(tiny_model):
     shape = dataclasses.replace(model.mixture, num_experts=1)
     layers = {k: v for k, v in model.params.items()}
     channels = {k: v | {"experts": v["experts"][:1]} for k, v in model.channels.items()}
-    model = dataclasses.replace(
-        model, mixture=shape, params=layers, channels=channels, router=None, router_config=None
-    )
+    model = dataclasses.replace(model, mixture=shape, params=layers, channels=channels, router=None, router_config=None)
     driver = Driver(Programs(model, ExpertStore(model), FEW))
     driver.start(0, PROMPTS[0], chunk=4)
     for _ in range(5):
@@ -295,10 +293,10 @@ def test_programs_are_compiled_at_warm_up_and_none_later(tiny_model):
     )
     driver = Driver(programs)
     compiled.clear()  # making the state is once a start
-    for layer in range(model.config.num_layers):
-        programs.store.load(layer, 0)
-        programs.store.load(layer, 1)
-        programs.store.stage(layer, 2)
+    for span in range(len(programs.store.spans)):
+        programs.store.load(span, 0)
+        programs.store.load(span, 1)
+        programs.store.load(span, 2)
     driver.start(0, PROMPTS[0], 4, targets=True)
     driver.start(1, PROMPTS[0], 6)
     driver.step([0, 1])
@@ -309,21 +307,39 @@ def test_programs_are_compiled_at_warm_up_and_none_later(tiny_model):
     jax.monitoring.clear_event_listeners()
 
 
-def test_caches_are_updated_in_place(served):
-    """Of a call's memory beside its arguments, nothing is as large as the caches; their buffers stay where they are."""
-    model_programs = served("top1")
-    state = model_programs.new_state()
-    caches = sum(x.nbytes for x in jax.tree.leaves((state.layers, state.router)))
-    for key in (("decode", 4, 2), ("prefill", 8, 2), ("copy",)):
-        memory = model_programs._program(*key).memory_analysis()
+def pointers(state) -> list[int]:
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state.layers, state.router))]
+
+
+def test_caches_are_updated_in_place(tiny_model, served):
+    """Of a call's memory beside its arguments, nothing is as large as the caches; their buffers stay where they are.
+    So too where a step is a call for each span of layers and one for the end."""
+    resident, model = served("top1"), tiny_model("top1")
+    streaming = Programs(model, ExpertStore(model, slots=2, staging=1), LIMITS)
+    state = resident.new_state()
+    layers, router = (sum(x.nbytes for x in jax.tree.leaves(part)) for part in (state.layers, state.router))
+    one = layers // len(streaming.store.spans)
+    for programs, key, caches in (
+        (resident, ("decode", 4, 2), layers + router),
+        (resident, ("copy",), layers + router),
+        (resident, ("prefill_span", 8, 2, 8), one),
+        (resident, ("prefill_end", 8), router),
+        (streaming, ("decode_span", 4, 2), one),
+        (streaming, ("decode_end", 4), router),
+    ):
+        memory = programs.program(*key).memory_analysis()
         assert memory.alias_size_in_bytes >= caches
         assert memory.output_size_in_bytes - memory.alias_size_in_bytes < caches / 4
-    driver = Driver(model_programs)
-    driver.start(0, PROMPTS[0], 8)
-    before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((driver.state.layers, driver.state.router))]
-    driver.step([0])
-    after = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((driver.state.layers, driver.state.router))]
-    assert before == after
+    for programs in (resident, streaming):
+        driver = Driver(programs)
+        if not programs.store.resident:
+            for span in range(len(programs.store.spans)):
+                for expert in range(3):
+                    programs.store.load(span, expert)
+        before = pointers(driver.state)
+        driver.start(0, PROMPTS[0], 8)
+        driver.step([0])
+        assert pointers(driver.state) == before
 
 
 def test_bad_calls_are_named(tiny_model, served):
