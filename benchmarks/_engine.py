@@ -197,7 +197,7 @@ def agreement(
     loop, residency, settings = engine._loop, engine._caller.residency, engine.settings
     limits, store = engine._caller.limits, residency.store
     setup = Setup(
-        ROWS, swaps=residency.swaps, ahead=settings.ahead, chunk=limits.chunks[-1], page_size=loop.pages.size,
+        limits.rows, swaps=residency.swaps, ahead=settings.ahead, chunk=limits.chunks[-1], page_size=loop.pages.size,
         pages=loop.pages.total, buckets=limits.decode, load_seconds=residency.load_seconds,
     )  # fmt: skip
     cache = ExpertCache(store.num_experts, 0 if store.resident else store.slots, store.staging, settings.policy)

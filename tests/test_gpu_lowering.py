@@ -65,14 +65,20 @@ def test_norm_of_a_decode_step(width):
     assert "add_norm" in step
 
 
-@pytest.mark.parametrize("tokens, width, own", [(8192, 4096, 5504), (512, 4096, 5504), (16384, 576, 768)])
-def test_grouped_feed_forward_and_its_gradients(tokens, width, own):
-    experts = [Expert(array(own, width), array(own, width), array(width, own))] * 7
+@pytest.mark.parametrize(
+    "tokens, width, own, dtype",
+    [(8192, 4096, 5504, BF16), (512, 4096, 5504, BF16), (16384, 576, 768, BF16), (16384, 576, 768, jnp.float32)],
+)
+def test_grouped_feed_forward_and_its_gradients(tokens, width, own, dtype):
+    shapes = [(own, width), (own, width), (width, own)]
+    experts = [Expert(*(array(*shape, dtype=dtype) for shape in shapes))] * 7
 
     def loss(x, experts, routes):
         plan = plan_routes(routes, 7)
-        y = grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles_for(tokens))
+        y = grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles_for(tokens, dtype))
         return y.astype(jnp.float32).sum()
 
-    step = lowered(jax.grad(loss, argnums=(0, 1)), array(tokens, width), experts, array(tokens, 1, dtype=jnp.int32))
+    step = lowered(
+        jax.grad(loss, argnums=(0, 1)), array(tokens, width, dtype=dtype), experts, array(tokens, 1, dtype=jnp.int32)
+    )
     assert "grouped_outer" in step

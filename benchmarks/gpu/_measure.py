@@ -14,19 +14,22 @@ import jax
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from _report import write_results
+from _report import RESULTS, write_results
 
 
 class Rows:
     """Rows of a result: each is printed, and the file written again, as soon as it is measured."""
 
-    def __init__(self, name: str, **about: Any) -> None:
+    def __init__(self, name: str, resume: bool = False, **about: Any) -> None:
+        """With `resume` the rows that the file holds come first."""
         self.name, self.about, self.rows = name, about, list[dict[str, Any]]()
+        if resume and (RESULTS / f"{name}.json").exists():
+            self.rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 
     def add(self, **row: Any) -> dict[str, Any]:
         """Append a row."""
         self.rows.append(row)
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        print(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
         write_results(self.name, **self.about, rows=self.rows)
         return row
 

@@ -2,25 +2,23 @@
 
 SmolLM2-135M's shape at sequence 1024, random weights: seven experts of half the width that own their rows (sequences
 of different experts in a batch), the dense slice of the same arithmetic, and the dense model. MFU: 6 FLOPs an active
-weight and token and causal attention, over the bf16 matmul rate of the same run.
+weight and token and causal attention, over the bf16 matmul rate of the same run. `--profile` adds where a step's time
+goes: kernels by part of the model, forward and backward together, and the longest of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import statistics
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-from _measure import matmul_rate
-from _report import write_results
+from _measure import Rows, matmul_rate
+from _profile import device_seconds, scopes
 
 from readme_jax.checkpoints.known import shape_of
 from readme_jax.config import ExpertStage, Mesh, MixtureConfig, Model, Tuning
@@ -31,62 +29,94 @@ from readme_jax.tuning.routes import DomainRoutes
 from readme_jax.tuning.step import build_expert_step
 
 SMOLLM2 = shape_of("smollm2-135m")
-CASES = {"dense": None, "dense_slice": MixtureConfig(1, 768), "seven": MixtureConfig(7, 768)}
+CASES = {"dense_slice": MixtureConfig(1, 768), "seven": MixtureConfig(7, 768), "dense": None}
+SCOPES = ("attention", "feed_forward", "loss", "optimizer")
+PEAK = np.float32(1e-4)
 
 
-def tokens_per_second(mixture: MixtureConfig | None, batch: int, length: int, steps: int) -> float:
-    """Of a chain of expert steps."""
-    runtime = runtime_for(Model(compute_dtype="bfloat16"))
-    mesh = make_mesh(Mesh(), jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        step = build_expert_step(SMOLLM2, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
-        leaves, tree = jax.tree.flatten(step.abstract.params)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        values = [
-            jnp.ones(x.shape) if x.ndim == 1 else 0.02 * jax.random.normal(k, x.shape)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
-        state = step.start(jax.tree.unflatten(tree, values))
-        frozen: dict[str, Any] = {}
-        if mixture is not None:
-            frozen["channels"] = {f"layers_{i}": {} for i in range(SMOLLM2.num_layers)}
-            frozen["routes"] = DomainRoutes(mixture.num_experts)
-        rng = np.random.default_rng(0)
-        tokens = rng.integers(0, SMOLLM2.vocab_size, (batch, length), dtype=np.int32)
-        domain = (np.arange(batch) % (mixture.num_experts if mixture else 1)).astype(np.int32)
-        placed = put_batch({"tokens": tokens, "domain": domain}, mesh)
-        rate = np.float32(1e-4)
-        for n in (3, steps):
+class Case:
+    """A compiled expert step of random weights and one batch."""
+
+    def __init__(self, mixture: MixtureConfig | None, batch: int, length: int, mesh: Any) -> None:
+        runtime = runtime_for(Model(compute_dtype="bfloat16"))
+        with jax.set_mesh(mesh):
+            step = build_expert_step(SMOLLM2, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
+            self.frozen: dict[str, Any] = {}
+            if mixture is not None:
+                self.frozen["channels"] = {f"layers_{i}": {} for i in range(SMOLLM2.num_layers)}
+                self.frozen["routes"] = DomainRoutes(mixture.num_experts)
+            tokens = np.random.default_rng(0).integers(0, SMOLLM2.vocab_size, (batch, length), dtype=np.int32)
+            domain = (np.arange(batch) % (mixture.num_experts if mixture else 1)).astype(np.int32)
+            self.batch = put_batch({"tokens": tokens, "domain": domain}, mesh)
+            self.program = step.update.lower(step.abstract, self.batch, self.frozen, PEAK).compile()
+        self.step = step
+
+    def start(self) -> None:
+        """Random weights on the device."""
+        leaves, tree = jax.tree.flatten(self.step.abstract.params)
+
+        def draw(key: jax.Array) -> list[jax.Array]:
+            keys = jax.random.split(key, len(leaves))
+            each = zip(keys, leaves, strict=True)
+            return [jnp.ones(x.shape) if x.ndim == 1 else 0.02 * jax.random.normal(k, x.shape) for k, x in each]
+
+        self.state = self.step.start(jax.tree.unflatten(tree, jax.jit(draw)(jax.random.key(0))))
+
+    def run(self, steps: int) -> Any:
+        """A chain of steps, waited for."""
+        for _ in range(steps):
+            self.state, metrics = self.program(self.state, self.batch, self.frozen, PEAK)
+        return jax.block_until_ready(metrics)
+
+    def seconds(self, steps: int) -> float:
+        """Of a step."""
+        self.run(3)
+        times = []
+        for _ in range(3):
             began = time.perf_counter()
-            for _ in range(n):
-                state, metrics = step.update(state, placed, frozen, rate)
-            jax.block_until_ready(metrics)
-            took = time.perf_counter() - began
-    return batch * length * steps / took
+            self.run(steps)
+            times.append((time.perf_counter() - began) / steps)
+        return statistics.median(times)
+
+
+def profile(results: Rows, name: str, case: Case, steps: int = 3) -> None:
+    """Milliseconds of a step's kernels by scope, and the longest kernels."""
+    scope, kernels = device_seconds(lambda: case.run(steps), scopes(case.program, SCOPES))
+    ms = {f"{part}_ms": 1e3 * scope[part] / steps for part in (*SCOPES, "rest", "unknown")}
+    top = {kernel[:70]: round(1e3 * seconds / steps, 3) for kernel, seconds in kernels.most_common(25)}
+    results.add(case=name, **ms, busy_ms=1e3 * scope.total() / steps, kernels=top)
 
 
 def main() -> None:
-    """Measure and write results/gpu_training.json."""
+    """Measure and write results/gpu_training.json (and gpu_training_profile.json)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    peak, rows = matmul_rate(), []
-    for case, mixture in CASES.items():
-        speed = tokens_per_second(mixture, args.batch, args.length, args.steps)
-        width = mixture.expert if mixture else SMOLLM2.ffn_dim
-        row = {
-            "case": case,
-            "tokens_per_s": speed,
-            "mfu": speed * TRAINING * forward_flops(SMOLLM2, width, args.length) / peak,
-        }
-        rows.append(row)
-        print(row, flush=True)
-    slice_speed = next(row["tokens_per_s"] for row in rows if row["case"] == "dense_slice")
-    for row in rows:
-        row["ratio"] = row["tokens_per_s"] / slice_speed
-    write_results("gpu_training", batch=args.batch, length=args.length, matmul_rate=peak, rows=rows)
+    results = Rows("gpu_training", batch=args.batch, length=args.length)
+    details = Rows("gpu_training_profile", batch=args.batch, length=args.length)
+    results.tell(matmul_rate=matmul_rate())
+    mesh, began, base = make_mesh(Mesh(), jax.devices()[:1]), time.perf_counter(), 0.0
+    with ThreadPoolExecutor(len(args.cases)) as pool:
+        cases = list(pool.map(lambda name: Case(CASES[name], args.batch, args.length, mesh), args.cases))
+    results.tell(compile_seconds=time.perf_counter() - began)
+    with jax.set_mesh(mesh):
+        for name, case in zip(args.cases, cases, strict=True):
+            case.start()
+            took, mixture = case.seconds(args.steps), CASES[name]
+            speed = args.batch * args.length / took
+            base = speed if name == "dense_slice" else base
+            width = mixture.expert if mixture else SMOLLM2.ffn_dim
+            mfu = speed * TRAINING * forward_flops(SMOLLM2, width, args.length) / results.about["matmul_rate"]
+            ratio = {"ratio": speed / base} if base else {}
+            temp = case.program.memory_analysis().temp_size_in_bytes / 2**30
+            results.add(case=name, tokens_per_s=speed, mfu=mfu, **ratio, ms=1e3 * took, temp_gb=temp)
+            if args.profile:
+                profile(details, name, case)
+            del case.state
 
 
 if __name__ == "__main__":

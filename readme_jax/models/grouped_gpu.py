@@ -53,8 +53,10 @@ class Rows(NamedTuple):
     pairs: int = 0
 
 
-def tiles_for(pairs: int) -> Tiles:
-    """Fewer rows a block where padding would cost more than it gains."""
+def tiles_for(pairs: int, dtype: Any = jnp.bfloat16) -> Tiles:
+    """Fewer rows a block where padding would cost more than it gains; small tiles for float32, without tensor cores."""
+    if jnp.dtype(dtype).itemsize > 2:
+        return Tiles(rows=64, columns=64, depth=32, stages=2)
     return Tiles() if pairs >= 2048 else Tiles(rows=64, warps=4)
 
 

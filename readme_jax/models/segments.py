@@ -129,7 +129,7 @@ def _weighted(pairs: Array, plan: RoutePlan) -> Array:
 def _kernel(x: Array, plan: RoutePlan, experts: list[Expert]) -> Array:
     from readme_jax.models.grouped_gpu import grouped_swiglu, tiles_for  # its kernels are needed on a GPU alone
 
-    tiles, interpret = tiles_for(plan.slots.shape[0]), jax.default_backend() == "cpu"
+    tiles, interpret = tiles_for(plan.slots.shape[0], x.dtype), jax.default_backend() == "cpu"
     return grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles, interpret)
 
 

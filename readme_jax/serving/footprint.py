@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from readme_jax.serving.programs import Programs
 
 
 class Footprint(NamedTuple):
-    """Bytes on the device that an engine needs: weights that are always there (the permanent part included), the
-    experts of all slots and of the ring, and the caches of R rows of S tokens."""
+    """Bytes on the device, or on all together, that an engine needs: weights that are always there (the permanent part
+    included), the experts of all slots and of the ring, and the caches of R rows of S tokens."""
 
     weights: int
     experts: int
@@ -30,8 +31,9 @@ def footprint(programs: Programs) -> Footprint:
     """What an engine over these programs and their store needs, known before anything runs."""
     store = programs.store
     held = min(store.places, store.num_experts * len(store.spans)) * store.span_layers
-    caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(programs.new_state)))
-    return Footprint(_bytes_of(programs.weights), held * store.expert_bytes, caches)
+    mesh, state = programs.mesh, jax.tree.leaves(programs.abstract_state())
+    caches = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * mesh.size for x in state)
+    return Footprint(_bytes_of(programs.weights), held * store.expert_bytes * mesh.shape["data"], caches)
 
 
 def device_bytes() -> int:

@@ -321,7 +321,9 @@ class Programs:
     def _rest_spec(self) -> State:
         return replace(self._state_spec, layers=())
 
-    def _abstract_state(self) -> State:
+    def abstract_state(self) -> State:
+        """Shapes of a state, and how it lies on the devices."""
+
         def cut(spec: PartitionSpec, part: Any) -> Any:
             sharding = NamedSharding(self.mesh, spec)
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
@@ -332,7 +334,7 @@ class Programs:
         """Weights, experts and caches of a span's layers."""
         layers = self.store.spans[0]
         experts = [[self.store.like] * present for _ in range(layers.stop)]
-        return self.weights.span(layers), experts, self._abstract_state().layers[layers]
+        return self.weights.span(layers), experts, self.abstract_state().layers[layers]
 
     def _present_shape(self, present: int) -> np.ndarray:
         return np.zeros(present * self.store.ways, np.int32)
@@ -341,7 +343,7 @@ class Programs:
         arguments = (
             self.weights,
             [[self.store.like] * present for _ in range(self.config.num_layers)],
-            self._abstract_state(),
+            self.abstract_state(),
             np.zeros(rows, bool),
             self._present_shape(present),
             Samplings.greedy(rows),
@@ -349,7 +351,7 @@ class Programs:
         return partial(decoding.decode_step, self._own), self._abstract(arguments), (2,), (self._state_spec, WHOLE)
 
     def _decode_span_program(self, rows: int, present: int) -> Program:
-        rest = replace(self._abstract_state(), layers=(), router=None)
+        rest = replace(self.abstract_state(), layers=(), router=None)
         x = self.blank(self.config.embed_dim, rows)
         small = (np.zeros(rows, bool), self._present_shape(present), np.bool_(0), x, x)
         arguments = self._abstract((*self._span(present), rest, *small))
@@ -357,7 +359,7 @@ class Programs:
 
     def _decode_end_program(self, rows: int) -> Program:
         x, present = self.blank(self.config.embed_dim, rows), np.zeros(self.store.num_experts, np.int32)
-        rest = replace(self._abstract_state(), layers=())
+        rest = replace(self.abstract_state(), layers=())
         arguments = (self.weights.end, rest, np.zeros(rows, bool), present, x, Samplings.greedy(rows))
         return partial(decoding.decode_end, self._own), self._abstract(arguments), (1,), (self._rest_spec, WHOLE)
 
@@ -369,7 +371,7 @@ class Programs:
 
     def _prefill_end_program(self, longest: int) -> Program:
         chunk = self._chunk(0, longest)._replace(tokens=None, experts=None, weights=None)
-        x, rest = self.blank(longest, self.config.embed_dim), replace(self._abstract_state(), layers=())
+        x, rest = self.blank(longest, self.config.embed_dim), replace(self.abstract_state(), layers=())
         arguments = self._abstract((self.weights.end, rest, chunk, Samplings.greedy(1), x))
         return partial(prefilling.prefill_end, self._own), arguments, (1,), (self._rest_spec, WHOLE, WHOLE)
 
@@ -388,12 +390,12 @@ class Programs:
         assert r is not None
         keys = jax.ShapeDtypeStruct((1, r.num_heads, r.head_dim, size), jnp.float32)
         values = jax.ShapeDtypeStruct((1, r.num_heads, size, r.head_dim), jnp.float32)
-        arguments = (self._abstract_state().router, np.int32(0), keys, values)
+        arguments = (self.abstract_state().router, np.int32(0), keys, values)
         return insert_routed, self._abstract(arguments), (0,), WHOLE
 
     def _copy_program(self) -> Program:
         zero = np.int32(0)
-        return copy_rows, self._abstract((self._abstract_state(), zero, zero, zero)), (0,), self._state_spec
+        return copy_rows, self._abstract((self.abstract_state(), zero, zero, zero)), (0,), self._state_spec
 
     def _place(self, model: Dense | Mixture, store: ExpertStore) -> Weights:
         """The model's weights but for its experts on the device, in the runtime's number format (router: float32)."""

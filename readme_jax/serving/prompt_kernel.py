@@ -33,6 +33,7 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles()
+FLOAT32_TILES = Tiles(queries=64, keys=32)  # what fits into shared memory
 
 
 @functools.partial(jax.jit, static_argnames=("window", "divisor", "tiles", "interpret"))  # so that layers share a trace
@@ -43,7 +44,7 @@ def attend_chunk(
     start: Array,
     window: int | None = None,
     divisor: float | None = None,
-    tiles: Tiles = TILES,
+    tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Array:
     """Causal attention of a chunk's tokens to those of their row, themselves included.
@@ -57,6 +58,8 @@ def attend_chunk(
     count, heads, width = q.shape
     kv_heads, length = keys.shape[1], keys.shape[3]
     group = heads // kv_heads
+    if tiles is None:
+        tiles = TILES if q.dtype.itemsize <= 2 else FLOAT32_TILES
     rows, step = _fitting(count * group, tiles.queries), _fitting(length, tiles.keys)
     scale = math.log2(math.e) / (divisor or math.sqrt(width))
     body = functools.partial(_kernel, group=group, rows=rows, step=step, window=window, scale=scale)

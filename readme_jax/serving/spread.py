@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import jax
@@ -64,9 +65,8 @@ class Spread:
     @property
     def heads(self) -> Axes:
         """Those of attention: as many devices as divide query and kv heads."""
-        several = [tuple(a for i, a in enumerate(self.every) if n >> i & 1) for n in range(1 << len(self.every))]
-        fitting = [axes for axes in several if self.config.num_kv_heads % self.ways(axes) == 0]
-        return max(fitting, key=self.ways)
+        choices = (axes for count in range(len(self.every) + 1) for axes in combinations(self.every, count))
+        return max((axes for axes in choices if self.config.num_kv_heads % self.ways(axes) == 0), key=self.ways)
 
     @property
     def experts(self) -> int:
@@ -98,7 +98,9 @@ class Spread:
 
         From the host every device gets its part alone.
         """
-        w = w.astype(dtype) if isinstance(w, jax.Array) else np.asarray(w, dtype)
+        if not isinstance(w, jax.Array):
+            w = np.asarray(w, dtype)
+        w = w if w.dtype == dtype else w.astype(dtype)
         missing = [-size % self.ways(axes) for size, axes in zip(w.shape, dimensions, strict=False)]
         if any(missing):
             padding = [(0, n) for n in [*missing, *[0] * (w.ndim - len(missing))]]

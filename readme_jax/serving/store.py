@@ -83,9 +83,7 @@ class ExpertStore:
         self.spread = Spread(mesh, model.config)
         self.ways = self.spread.experts if mixture else 1
         if self.ways > 1 and not self.resident:
-            raise ConfigError(
-                f"slots {slots}: devices of Mesh.expert = {self.ways} share experts that are all resident"
-            )
+            raise ConfigError(f"slots {slots} and Mesh.expert = {self.ways}: devices that share experts hold all")
         self.loads, self.bytes_loaded = 0, 0
         self._joined: dict[tuple[int, ...], list[Expert]] = {}
         self.spans = spans_of(self.num_layers)

@@ -169,8 +169,9 @@ def build_step(
     def update(state: TrainState, batch: Batch, frozen: Params, peak: jax.Array) -> tuple[TrainState, Metrics]:
         metrics, gradients = accumulated(loss, state.params, batch, frozen, micro(*batch["tokens"].shape))
         lr = learning_rate(peak, state.step, steps, tuning.warmup)
-        changes, moments = adamw.update(gradients, state.moments, state.params)
-        params = jax.tree.map(lambda p, c: p - lr * c, state.params, changes)
+        with jax.named_scope("optimizer"):
+            changes, moments = adamw.update(gradients, state.moments, state.params)
+            params = jax.tree.map(lambda p, c: p - lr * c, state.params, changes)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "lr": lr}
         return TrainState(params, moments, state.step + 1), metrics
 
