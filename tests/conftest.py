@@ -75,29 +75,30 @@ def quickly_compiled() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def build_tiny(
+    kind: str, tokenizer: Tokenizer | None = None, experts: int = TINY_EXPERTS, config: ModelConfig = TINY
+) -> Dense | Mixture:
+    """A random model of a kind: `dense`, or one of MIXTURES, sliced from that dense model by random masks."""
+    rng = np.random.default_rng(0)
+    layers = {f"layers_{i}": block_table(config, None, stack=False) for i in range(config.num_layers)}
+    params = random_tree({**outer_table(config), **layers}, rng)
+    if kind == "dense":
+        return Dense(config, params, tokenizer)
+    permanent, tied, top_k = MIXTURES[kind]
+    scores = rng.random((config.num_layers, experts, config.ffn_dim)) + 0.4 * rng.random((config.ffn_dim,))
+    masks = np.argsort(np.argsort(-scores, axis=-1), axis=-1) < config.ffn_dim // 2
+    mixture, channels = lay_out(masks, permanent, tied, top_k, align=1)
+    cut = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in params.items()}
+    shape = RouterConfig(config.vocab_size, experts, dim=16, num_heads=2, head_dim=8, mlp_dim=16)
+    router = random_tree(router_table(shape), rng)
+    about = {"facts": {"experts": [f"domain_{e}" for e in range(experts)]}}
+    return Mixture(config, mixture, cut, channels, shape, router, tokenizer, about)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Dense | Mixture]:
-    """Random models by kind: `dense`, or one of MIXTURES, sliced from that dense model by random masks."""
-
-    def build(
-        kind: str, tokenizer: Tokenizer | None = None, experts: int = TINY_EXPERTS, config: ModelConfig = TINY
-    ) -> Dense | Mixture:
-        rng = np.random.default_rng(0)
-        layers = {f"layers_{i}": block_table(config, None, stack=False) for i in range(config.num_layers)}
-        params = random_tree({**outer_table(config), **layers}, rng)
-        if kind == "dense":
-            return Dense(config, params, tokenizer)
-        permanent, tied, top_k = MIXTURES[kind]
-        scores = rng.random((config.num_layers, experts, config.ffn_dim)) + 0.4 * rng.random((config.ffn_dim,))
-        masks = np.argsort(np.argsort(-scores, axis=-1), axis=-1) < config.ffn_dim // 2
-        mixture, channels = lay_out(masks, permanent, tied, top_k, align=1)
-        cut = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in params.items()}
-        shape = RouterConfig(config.vocab_size, experts, dim=16, num_heads=2, head_dim=8, mlp_dim=16)
-        router = random_tree(router_table(shape), rng)
-        about = {"facts": {"experts": [f"domain_{e}" for e in range(experts)]}}
-        return Mixture(config, mixture, cut, channels, shape, router, tokenizer, about)
-
-    return build
+    """See `build_tiny`."""
+    return build_tiny
 
 
 @pytest.fixture(scope="session")

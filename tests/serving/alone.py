@@ -36,7 +36,7 @@ class Ask(NamedTuple):
 def engine_over(compiled: Programs, model: Any, serving: config.Serving, **options: Any) -> Engine:
     """An engine of its own store and residency over programs that others use too, of which it calls those that fit
     `serving.chunk`."""
-    store = ExpertStore(model, slots_of(model, serving, np.float32), serving.staging)
+    store = ExpertStore(model, slots_of(model, serving, np.float32), serving.staging, mesh=compiled.mesh)
     programs = copy.copy(compiled)
     programs.store = store
     scheduler = make_scheduler(serving.scheduler, serving.budget, COSTS, max(store.num_experts, 1))

@@ -119,6 +119,7 @@ def test_bad_serving_setting_is_named(field, value):
 def test_settings_that_come_with_the_project_load(name):
     path = Path(__file__).resolve().parents[2] / "configs" / "serving" / f"{name}.gin"
     assert load_serving([path], ["Serving.queue = 7"]).queue == 7
+    assert load_serving([path], ["Mesh.tensor = 2"]).mesh == config.Mesh(tensor=2)
 
 
 def test_slots_are_a_count_or_bytes_not_both():
