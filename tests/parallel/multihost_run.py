@@ -1,8 +1,10 @@
 """One process of a whole run on tiny files, which can be told to die: run as a script by test_multihost.
 
-    python multihost_run.py [--die-at STEP] [--die-saving STEP] [--term-at STEP] [--hang-at STEP] -- OPTIONS OF REFACTOR
+    python multihost_run.py [--die-at STEP] [--die-saving STEP] [--term-at STEP] [--hang-at STEP] [--masked]
+        -- OPTIONS OF REFACTOR
 
-A process dies by SIGKILL right after a step, or with an asynchronous save under way, or tells itself to stop.
+A process dies by SIGKILL right after a step, or with an asynchronous save under way, or tells itself to stop. With
+--masked experts are computed in a way that compiles in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import signal
 import sys
 from typing import Any
 
-from readme_jax import cli
+from readme_jax import cli, runner
+from readme_jax.models.runtime import Runtime
 from readme_jax.tuning import resume
 from readme_jax.tuning.rounds import Tuner
 
@@ -22,7 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--die-at", "--die-saving", "--term-at", "--hang-at"):
         parser.add_argument(name, type=int, default=-1)
+    parser.add_argument("--masked", action="store_true")
     at, given = parser.parse_known_args()
+    if at.masked:
+        runner.runtime_for = lambda model: Runtime(segments="masked")
     after, save = Tuner._after, resume.save
 
     def then(self: Tuner, position: Any, progress: Any, ended: bool) -> None:

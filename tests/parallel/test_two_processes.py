@@ -13,6 +13,7 @@ from multihost import Job
 
 from readme_jax import runner
 from readme_jax.cli.settings import load_run
+from readme_jax.models.runtime import Runtime
 from readme_jax.tuning.journal import read_metrics
 
 SHORT = [
@@ -26,9 +27,9 @@ SHORT = [
 
 @pytest.mark.usefixtures("quickly_compiled")
 def test_two_processes_take_the_steps_of_one(folder, monkeypatch):
-    two = Job(folder, "two", processes=2, devices=2, params={0: SHORT, 1: SHORT})
+    two = Job(folder, "two", 2, 2, options=dict.fromkeys(range(2), ["--masked"]), params=dict.fromkeys(range(2), SHORT))
     monkeypatch.setenv("READ_ME_CACHE", str(folder / "alone"))
-    monkeypatch.setattr(runner, "write_report", lambda output: None)
+    monkeypatch.setattr(runner, "runtime_for", lambda model: Runtime(segments="masked"))
     alone = folder / "one"
     summary = runner.execute(load_run([folder / "two.gin"], [*SHORT, f"Run.output = '{alone}'"]))
     two.succeed()
