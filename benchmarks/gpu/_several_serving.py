@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,19 +28,21 @@ from readme_jax.serving.build import mesh_of
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import Samplings
 from readme_jax.serving.store import ExpertStore
+from readme_jax.serving.traffic import load_streams
 
 CONTEXT = 1 << 16  # most tokens of a batch's caches together
 LONGEST, ROUNDS, STEPS = 1024, 3, 20
+STREAMS = Path(__file__).parent.parent / "results" / "routes.npz"
 
 
 @dataclass
 class Case:
     """A call to measure: a decode step of `rows` rows at `position` of `length`, or a prompt of `length` tokens (`rows`
-    1), with its tokens spread over `experts` of the seven."""
+    1), all of one expert, or `mixed` as a tuned router sends real text (results/routes.npz)."""
 
     call: str
     rows: int
-    experts: int
+    mixed: bool
     length: int
 
     @property
@@ -54,7 +57,12 @@ class Case:
 
     @property
     def present(self) -> list[int]:
-        return list(range(self.experts))
+        return np.unique(self.routes()).tolist()
+
+    @property
+    def experts(self) -> int:
+        """How many are present."""
+        return len(self.present)
 
     @property
     def tokens(self) -> int:
@@ -62,17 +70,23 @@ class Case:
         return self.length if self.call == "prefill" else self.rows
 
     def routes(self) -> np.ndarray:
-        """[tokens, 1]: in runs."""
-        return (np.arange(self.tokens) * self.experts // self.tokens).astype(np.int32)[:, None]
+        """[tokens, 1]: of places drawn from all domains' texts, or of a prompt put together of a text of each."""
+        if not self.mixed:
+            return np.zeros((self.tokens, 1), np.int32)
+        texts = list(load_streams(STREAMS, "best").values())
+        each = -(-self.tokens // len(texts))
+        prompt = np.concatenate([text[:each] for text in texts])[: self.tokens]
+        drawn = np.random.default_rng(0).choice(np.concatenate(texts), self.tokens)
+        return (prompt if self.call == "prefill" else drawn).astype(np.int32)[:, None]
 
 
 def cases(batches: list[int], prompt: int) -> list[Case]:
-    """One expert at batch 1, otherwise all seven; both from 32 rows on."""
+    """Decode steps of one expert and, where rows are many, mixed; a mixed prompt."""
     found = []
     for rows in sorted(batches):
         length = min(LONGEST, CONTEXT // rows)
-        found += [Case("decode", rows, n, length) for n in ((1,) if rows < EXPERTS else (1, EXPERTS))]
-    return found + ([Case("prefill", 1, EXPERTS, prompt)] if prompt else [])
+        found += [Case("decode", rows, mixed, length) for mixed in ((False,) if rows < EXPERTS else (False, True))]
+    return found + ([Case("prefill", 1, True, prompt)] if prompt else [])
 
 
 class Arrangement:

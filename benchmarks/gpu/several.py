@@ -1,11 +1,12 @@
 """Several GPUs of one host: serving and training over all of them against one: `python benchmarks/gpu/several.py`.
 
 `serving`: Llama-2-7B's shape, random bf16 weights, seven experts of half the width, all resident. Decode steps and a
-prompt's prefill on one GPU, with weights cut over all (`tensor`), and with experts handed out (`expert`), in turns.
-`over_limit` is the time over that of its bytes (decode: weights of the experts present, attention, head, caches) or
-FLOPs (prefill) on all devices together, at the copy bandwidth and matmul rate of one in the same run. `moved` are the
-bytes that a device receives in a layer, from the compiled program; `all_to_all` what a layer-wise router's exchange of
-tokens would move instead: 2 (there and back) x N / n tokens of a device x D values of 2 bytes x (n - 1) / n.
+prompt's prefill on one GPU, with weights cut over all (`tensor`), and with experts handed out (`expert`), in turns;
+tokens are of one expert, or go where a tuned router sends real text (results/routes.npz). `over_limit` is the time over
+that of its bytes (decode: weights of the experts present, attention, head, caches) or FLOPs (prefill) on all devices
+together, at the copy bandwidth and matmul rate of one in the same run. `moved` are the bytes that a device receives in
+a layer, from the compiled program; `all_to_all` what a layer-wise router's exchange of tokens would move instead: 2
+(there and back) x N / n tokens of a device x D values of 2 bytes x (n - 1) / n.
 
 `exact`: a checkpoint's greedy tokens in float32 (`--checkpoint`), all devices against one. `training`: expert steps at
 sequence 4096 with weights spread over all (fsdp) against one GPU; a checkpoint saved there, restored on one.
