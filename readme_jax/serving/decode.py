@@ -262,7 +262,7 @@ def _feed_forward(
 
 def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x + delta [D, B], and that normalised."""
-    if shape.runtime.decode == "kernel":
+    if shape.runtime.decode == "kernel" and x.shape[1] <= kernels.NORM_ROWS:
         return kernels.add_norm(x, delta, scale, shape.config.norm_eps, interpret=jax.default_backend() == "cpu")
     x = x + delta
     return x, _norm(x, scale, shape.config.norm_eps)

@@ -26,6 +26,7 @@ from readme_jax.serving.state import Cache
 BLOCK = 64  # tokens; rows of the cache are whole blocks long
 PROGRAMS = 528  # at least so many fill a GPU: 132 multiprocessors, four each
 TENSOR_ROWS = 16  # fewest query rows that tensor cores take
+NORM_ROWS = 4  # most that `add_norm` is faster for than XLA: it reads a column a program, with a stride
 Array = jax.Array
 
 

@@ -29,11 +29,11 @@ class Tiles(NamedTuple):
     queries: int = 128
     keys: int = 128
     warps: int = 8
-    stages: int = 2
+    stages: int = 3
 
 
 TILES = Tiles()
-FLOAT32_TILES = Tiles(queries=64, keys=32)  # what fits into shared memory
+FLOAT32_TILES = Tiles(queries=64, keys=32, stages=2)  # what fits into shared memory
 
 
 @functools.partial(jax.jit, static_argnames=("window", "divisor", "tiles", "interpret"))  # so that layers share a trace

@@ -14,6 +14,7 @@ from readme_jax.config import RopeScaling
 from readme_jax.errors import ConfigError
 from readme_jax.generate import Generator
 from readme_jax.models.runtime import Runtime
+from readme_jax.serving import kernels
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import TOP, Samplings
@@ -169,6 +170,21 @@ def test_the_kernel_of_gpus_changes_no_token(tiny_model, kind, changes):
         driver.step([1, 3])
     for row, prompt in enumerate(PROMPTS):
         driver.check(reference, row, prompt)
+
+
+def test_residuals_and_norms_are_one_kernel_for_up_to_four_rows(tiny_model, monkeypatch):
+    model, rows, add_norm = tiny_model("dense"), [], kernels.add_norm
+
+    def counted(x, *arguments, **options):
+        rows.append(x.shape[1])
+        return add_norm(x, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "add_norm", counted)
+    limits = dataclasses.replace(FEW, rows=8, decode=(4, 8))
+    programs = Programs(model, ExpertStore(model), limits, GPU)
+    for batch in limits.decode:
+        programs.program("decode", batch, 0)
+    assert rows == [4] * 2 * model.config.num_layers
 
 
 @pytest.mark.parametrize(
