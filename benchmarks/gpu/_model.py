@@ -8,7 +8,8 @@ alone. All the arithmetic stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from readme_jax.checkpoints.known import shape_of
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
 from readme_jax.models.router import start_router
+from readme_jax.serving.buckets import Limits
 from readme_jax.serving.programs import Programs
 
 SHAPE = shape_of("meta-llama/Llama-2-7b-hf")
@@ -92,7 +94,21 @@ def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
     return replace(model, params=params, router=router)
 
 
-def compile_side_by_side(programs: Programs, wanted: Callable[[tuple[Any, ...]], bool]) -> None:
-    """Compile the programs whose key (name, sizes) is wanted, in threads."""
+def with_limits(base: Programs, limits: Limits) -> Programs:
+    """Programs of other limits over the same weights."""
+    own = copy.copy(base)
+    own.limits, own._programs, own._small = limits, {}, {}
+    own.shape = own.shape._replace(length=limits.length)
+    own._own = own._own._replace(length=limits.length)
+    return own
+
+
+def compile_all(calls: Iterable[tuple[Programs, tuple[Any, ...]]]) -> None:
+    """Compile programs by their keys (name, sizes), in threads."""
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda key: programs.program(*key), [key for key in programs._all() if wanted(key)]))
+        list(pool.map(lambda call: call[0].program(*call[1]), calls))
+
+
+def compile_side_by_side(programs: Programs, wanted: Callable[[tuple[Any, ...]], bool]) -> None:
+    """Compile the programs whose key (name, sizes) is wanted."""
+    compile_all((programs, key) for key in programs._all() if wanted(key))

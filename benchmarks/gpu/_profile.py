@@ -15,21 +15,41 @@ from typing import Any
 
 import jax
 
-_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?)op_name="([^"]*)"(.*)$', re.MULTILINE)
+_KERNEL = re.compile(r'name = \\?"(\w+)\\?"')  # of a Pallas kernel, in its call's configuration
 
 
-def scopes(program: Any, names: Sequence[str]) -> dict[str, str]:
-    """The innermost of `names` that each instruction of a compiled program was written under; kernels of it are named
-    like it, with dots made underscores."""
-    found = {}
-    for instruction, path in _INSTRUCTION.findall(program.as_text()):
+def scopes(program: Any, names: Sequence[str]) -> dict[str, Counter[str]]:
+    """For each instruction of a compiled program, and for each of its Pallas kernels, the innermost of `names` that it
+    was written under (else `rest`), and how often: equal kernels of several instructions are one."""
+    found: dict[str, Counter[str]] = {}
+    for instruction, before, path, after in _INSTRUCTION.findall(program.as_text()):
         inside = [part for part in re.split(r"[/()]", path) if part in names]
-        found[instruction.replace(".", "_").replace("-", "_")] = inside[-1] if inside else "rest"
+        scope = inside[-1] if inside else "rest"
+        own = [instruction]
+        if "triton" in before:  # such a kernel has its own name, not its instruction's
+            own += _KERNEL.findall(after)[:1] or path.removesuffix("/pallas_call").split("/")[-1:]
+        for name in own:
+            found.setdefault(_plain(name), Counter())[scope] += 1
     return found
 
 
+def _plain(name: str) -> str:
+    """As kernels of an instruction are named."""
+    return re.sub(r"\W", "_", name)
+
+
+def _of(names: Sequence[str], by: Mapping[str, Counter[str]]) -> Counter[str]:
+    """The scopes of a kernel, by the first of its names that is known, with or without the number of a part."""
+    for name in map(_plain, names):
+        for known in (name, re.sub(r"_\d+$", "", name)):
+            if known in by:
+                return by[known]
+    return Counter(unknown=1)
+
+
 def device_seconds(
-    run: Callable[[], Any], by: Mapping[str, str], plane: str = "/device:GPU"
+    run: Callable[[], Any], by: Mapping[str, Counter[str]], plane: str = "/device:GPU"
 ) -> tuple[Counter, Counter]:
     """Seconds of kernels while `run` runs, by scope and by kernel. `by`: from `scopes`; others count as `unknown`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +58,7 @@ def device_seconds(
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
     scope, kernels = Counter[str](), Counter[str]()
+    lost: dict[str, str] = {}
     for each in data.planes:
         if not each.name.startswith(plane):
             continue
@@ -45,8 +66,14 @@ def device_seconds(
             if plane.endswith("GPU") and not line.name.startswith("Stream"):
                 continue  # lines that repeat the kernels, by module or by operation
             for event in line.events:
-                stats = {str(name): value for name, value in event.stats if name}
-                operation = str(stats.get("hlo_op", event.name)).replace(".", "_").replace("-", "_")
-                scope[by.get(operation, "unknown")] += event.duration_ns / 1e9
-                kernels[event.name] += event.duration_ns / 1e9
+                seconds, stats = event.duration_ns / 1e9, {str(name): value for name, value in event.stats if name}
+                operation = str(stats.get("hlo_op", ""))
+                found = _of((event.name, operation), by)
+                for part, count in found.items():
+                    scope[part] += seconds * count / found.total()
+                if "unknown" in found:
+                    lost[event.name] = operation
+                kernels[event.name] += seconds
+    if 2 * scope["unknown"] > scope.total():
+        print(f"kernels of no known instruction: {list(lost.items())[:5]}; known: {list(by)[:5]}", flush=True)
     return scope, kernels

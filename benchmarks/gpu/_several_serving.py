@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import copy_bandwidth, matmul_rate
-from _model import EXPERTS, THREADS, model_of, shape
+from _model import EXPERTS, THREADS, model_of, shape, with_limits
 
 from readme_jax.config import Mesh, Model, ModelConfig
 from readme_jax.models.runtime import runtime_for
@@ -101,11 +100,7 @@ class Arrangement:
     def programs(self, case: Case) -> Programs:
         """Over the same weights."""
         if case.limits not in self.by_limits:
-            own = copy.copy(self.base)
-            own.limits, own._programs, own._small = case.limits, {}, {}
-            own.shape = own.shape._replace(length=case.length)
-            own._own = own._own._replace(length=case.length)
-            self.by_limits[case.limits] = own
+            self.by_limits[case.limits] = with_limits(self.base, case.limits)
         return self.by_limits[case.limits]
 
     def key(self, case: Case) -> tuple[Any, ...]:

@@ -1,8 +1,10 @@
 """Decode steps of transformers' Llama of the same shape, in a process of its own: reads a JSON line a measurement from
-standard input ({"batch", "length", "position", "compiled"}), writes its milliseconds a step."""
+standard input ({"batch", "length", "position", "compiled"}), writes its milliseconds a step, or {"error"}
+where memory does not suffice."""
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -71,8 +73,15 @@ def main() -> None:
     for line in sys.stdin:
         ask = json.loads(line)
         forward = compiled if ask["compiled"] else model.forward
-        ms = 1e3 * decode(model, forward, ask["batch"], ask["length"], ask["position"])
-        print(json.dumps({"ms": ms, "torch": torch.__version__}), flush=True)
+        try:
+            ms = 1e3 * decode(model, forward, ask["batch"], ask["length"], ask["position"])
+            answer = {"ms": ms, "torch": torch.__version__}
+        except torch.OutOfMemoryError as error:
+            answer = {"error": str(error).splitlines()[0]}
+        print(json.dumps(answer), flush=True)
+        if ask["compiled"]:
+            torch.compiler.reset()  # its graphs hold the cache
+        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 

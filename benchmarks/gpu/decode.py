@@ -3,7 +3,7 @@
 Random bf16 weights, seven experts of half the feed-forward width that own their rows. Parts:
 
   ratio   a step with every row on one expert, and `mixed` over experts as real prompts are (results/routes.npz), over
-          our dense model, over transformers' (`--transformers`, in a process of its own, asked in turn) and over the
+          our dense model, over transformers' (`--transformers`, up to 32 rows, after ours) and over the
           limit: the larger of what its bytes take at the copy bandwidth and its FLOPs at the matmul rate of the run.
           A chain of steps, none of which is read: results/gpu_decode.json
   split   kernels' time by router, attention, feed-forward, sampling (from a profile): results/gpu_decode_split.json
@@ -14,6 +14,7 @@ Random bf16 weights, seven experts of half the feed-forward width that own their
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.62")  # transformers' process takes the rest
 
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import Rows, copy_bandwidth, matmul_rate
-from _model import EXPERTS, compile_side_by_side, model_of, script, shape
+from _model import EXPERTS, compile_all, model_of, script, shape, with_limits
 from _profile import device_seconds, scopes
 from _served import Served, generate
 
@@ -50,6 +51,7 @@ STREAMS = HERE.parent / "results" / "routes.npz"
 TOKENS = 65536  # of all rows' caches together
 CONTEXT, FILLED = 1024, 0.88  # tokens of a row at most, and how much of them is in the cache
 STEPS = 30
+PEER_ROWS = 32  # most rows of a step of transformers: the caches of more do not fit beside our process
 SCOPES = ("route", "attention", "feed_forward", "sample")
 
 
@@ -82,6 +84,10 @@ class Steps:
             return jax.block_until_ready(state)
 
         return run
+
+    def held(self, experts: np.ndarray) -> int:
+        """How many experts' arrays a step of these rows gets."""
+        return len(self.programs.store.padded(sorted(set(experts.tolist())))) if self.programs.shape.top_k else 0
 
     def seconds(self, experts: np.ndarray) -> float:
         """Of a step."""
@@ -120,90 +126,110 @@ class Transformers:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self, batch: int, length: int, position: int, compiled: bool) -> float:
-        """Of a step. Raises RuntimeError when the process has ended."""
+        """Of a step. Raises RuntimeError with the reason where there is none: out of memory, or the process ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
         ask = {"batch": batch, "length": length + 128, "position": position, "compiled": compiled}
-        self.process.stdin.write(json.dumps(ask) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # an ended process does not answer either
+            self.process.stdin.write(json.dumps(ask) + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process with transformers ended with {self.process.wait()}: see its error above")
-        return json.loads(line)["ms"] / 1e3
+            raise RuntimeError(f"the process ended with {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["ms"] / 1e3
 
     def end(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
-def programs_of(model: Any, store: ExpertStore, batch: int) -> Programs:
-    """For decode steps of `batch` rows alone."""
+def limits_of(batch: int) -> Limits:
+    """Of decode steps of `batch` rows alone."""
     length = length_of(batch)
-    limits = Limits(batch, length, chunks=(64,), decode=(batch,), prompts=(length,), stretches=(length,))
+    return Limits(batch, length, chunks=(64,), decode=(batch,), prompts=(length,), stretches=(length,))
+
+
+def steps_of(model: Any, batches: list[int]) -> dict[int, Steps]:
+    """Of a model at each batch size, over the same weights."""
     runtime = replace(runtime_for(Model(compute_dtype="bfloat16")), decode="kernel", segments="kernel")
-    return Programs(model, store, limits, runtime)
+    base = Programs(model, ExpertStore(model, dtype=jnp.bfloat16), limits_of(batches[0]), runtime)
+    return {batch: Steps(with_limits(base, limits_of(batch))) for batch in batches}
+
+
+class Measured(NamedTuple):
+    """A step of ours: what names its row, and its seconds."""
+
+    batch: int
+    experts: str
+    present: int
+    seconds: float
+
+    def against(self, results: Rows, peer: str, seconds: float) -> None:
+        """Write a row."""
+        row = {"batch": self.batch, "experts": self.experts, "experts_present": self.present, "peer": peer}
+        results.add(**row, ratio=self.seconds / seconds, ms=1e3 * self.seconds, peer_ms=1e3 * seconds)
+
+
+def own_steps(results: Rows, c: ModelConfig, batches: list[int]) -> list[Measured]:
+    """Our steps at each batch, the dense model's first, over that and over the limit."""
+    bandwidth, rate = results.about["copy_bandwidth"], results.about["matmul_rate"]
+    dense: dict[int, float] = {}
+    found = []
+    for experts in (0, EXPERTS):
+        began, steps = time.perf_counter(), steps_of(model_of(c, experts), batches)
+        cases = [("one" if experts else "dense", b, np.zeros(b, np.int64)) for b in batches]
+        cases += [("mixed", b, mixed_routes(b)) for b in batches if experts]
+        calls = {(batch, steps[batch].held(routes)) for _, batch, routes in cases}
+        compile_all((steps[batch].programs, ("decode", batch, held)) for batch, held in calls)
+        results.tell(**{f"compile_seconds_{experts}": time.perf_counter() - began})
+        for name, batch, routes in cases:
+            present = len(set(routes.tolist())) if experts else 0
+            own = Measured(batch, name, present, steps[batch].seconds(routes))
+            dense.setdefault(batch, own.seconds)
+            own.against(results, "own_dense", dense[batch])
+            own.against(results, "limit", limit_of(c, batch, steps[batch].position, present, bandwidth, rate))
+            found.append(own)
+        del steps
+        gc.collect()
+    return found
 
 
 def ratios(results: Rows, c: ModelConfig, args: argparse.Namespace) -> None:
-    """A row a batch, case and peer, and the milliseconds of each."""
-    bandwidth, rate = results.about["copy_bandwidth"], results.about["matmul_rate"]
-    peer = Transformers(c) if args.transformers else None
-    dense: dict[int, float] = {}
-    theirs: dict[tuple[int, str], float] = {}
-    for experts in (0, EXPERTS):
-        model = model_of(c, experts)
-        store = ExpertStore(model, dtype=jnp.bfloat16)
-        for batch in args.batch:
-            steps = Steps(programs_of(model, store, batch))
-            cases = (
-                {"one": np.zeros(batch, np.int64), "mixed": mixed_routes(batch)}
-                if experts
-                else {"dense": np.zeros(batch, np.int64)}
-            )
-            present = {name: len(set(each.tolist())) if experts else 0 for name, each in cases.items()}
-            held = {len(store.padded(range(n))) if n else 0 for n in present.values()}
-            compile_side_by_side(steps.programs, lambda key, held=held: key[0].startswith("decode") and key[2] in held)
-            for name, routes in cases.items():
-                took = steps.seconds(routes)
-                if not experts:
-                    dense[batch] = took
-                    if peer:
-                        for kind in ("eager", *(["compiled"] if batch in args.compiled else [])):
-                            theirs[batch, f"transformers_{kind}"] = peer.seconds(
-                                batch, length_of(batch), steps.position, kind == "compiled"
-                            )
-                limit = limit_of(c, batch, steps.position, present[name], bandwidth, rate)
-                peers = {"own_dense": dense[batch], "limit": limit}
-                peers |= {kind: seconds for (size, kind), seconds in theirs.items() if size == batch}
-                for kind, seconds in peers.items():
-                    row = {"batch": batch, "experts": name, "experts_present": present[name], "peer": kind}
-                    results.add(**row, ratio=took / seconds, ms=1e3 * took, peer_ms=1e3 * seconds)
-            del steps
-            gc.collect()
-        del model, store
-        gc.collect()
-    if peer:
-        peer.end()
+    """A row a batch, case and peer, and the milliseconds of each: ours first, whatever becomes of the peer."""
+    found = own_steps(results, c, args.batch)
+    if not args.transformers:
+        return
+    peer = Transformers(c)
+    kinds = [("eager", [b for b in args.batch if b <= PEER_ROWS]), ("compiled", args.compiled)]
+    for kind, batch in [(kind, batch) for kind, batches in kinds for batch in batches]:
+        try:
+            length = length_of(batch)
+            seconds = peer.seconds(batch, length, int(FILLED * length), kind == "compiled")
+        except RuntimeError as error:
+            results.add(batch=batch, peer=f"transformers_{kind}", error=str(error))
+            continue
+        for own in found:
+            if own.batch == batch:
+                own.against(results, f"transformers_{kind}", seconds)
+    peer.end()
 
 
 def split(results: Rows, c: ModelConfig, batches: list[int]) -> None:
     """Milliseconds of a step's kernels by scope, all rows on one expert and mixed."""
-    model = model_of(c, EXPERTS)
-    store = ExpertStore(model, dtype=jnp.bfloat16)
-    for batch in batches:
-        steps = Steps(programs_of(model, store, batch))
+    for batch, steps in steps_of(model_of(c, EXPERTS), batches).items():
         for name, routes in {"one": np.zeros(batch, np.int64), "mixed": mixed_routes(batch)}.items():
             run, count = steps.chain(routes), 5
             run(3)
-            held = len(store.padded(sorted(set(routes.tolist()))))
-            by = scopes(steps.programs.program("decode", batch, held), SCOPES)
+            by = scopes(steps.programs.program("decode", batch, steps.held(routes)), SCOPES)
             scope, kernels = device_seconds(lambda run=run, count=count: run(count), by)
             ms = {f"{part}_ms": 1e3 * scope[part] / count for part in (*SCOPES, "rest", "unknown")}
             top = {kernel[:60]: round(1e3 * s / count, 4) for kernel, s in kernels.most_common(12)}
             results.add(batch=batch, experts=name, **ms, busy_ms=1e3 * scope.total() / count, kernels=top)
-        del steps
-        gc.collect()
 
 
 def gap(results: Rows, served: Served) -> None:
