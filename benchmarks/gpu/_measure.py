@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -84,3 +85,34 @@ def arrival_rate(megabytes: int) -> float:
     there = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
     waiting = jax.device_put(jnp.ones(megabytes * 2**19, jnp.bfloat16), host)
     return waiting.nbytes / seconds_of(lambda: jax.device_put(waiting, there), 5)
+
+
+def compiled(lower: Callable[[], Any], about: str) -> Any:
+    """The compiled program that `lower` gives, with a printed line of seconds after each of the two."""
+    began = time.perf_counter()
+    program = lower()
+    lowered = time.perf_counter()
+    print(f"{about}: lowered in {lowered - began:.1f} s", flush=True)
+    program = program.compile()
+    print(f"{about}: compiled in {time.perf_counter() - lowered:.1f} s", flush=True)
+    return program
+
+
+def random_weights(abstract: Any, shardings: Any) -> Any:
+    """Weights of a tree's shapes where `shardings` lay them, norms one. Each shape is a program: one program for all
+    weights takes minutes to compile."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [
+        _draw(x.shape, sharding, path[-1].key.endswith("norm"))(key)
+        for (path, x), sharding, key in zip(leaves, jax.tree.leaves(shardings), keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+@functools.cache
+def _draw(shape: tuple[int, ...], sharding: Any, norm: bool) -> Callable[[jax.Array], jax.Array]:
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.ones(shape) if norm else 0.02 * jax.random.normal(key, shape)
+
+    return jax.jit(draw, out_shardings=sharding)

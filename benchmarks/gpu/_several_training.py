@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from _measure import compiled, random_weights
 from _model import EXPERTS, shape
 
 from readme_jax.checkpoints.known import shape_of
@@ -32,45 +32,36 @@ class Job:
     def __init__(self, config: ModelConfig, mesh: jax.sharding.Mesh, batch: int) -> None:
         self.config, self.mesh, self.batch = config, mesh, batch
         self.mixture = MixtureConfig(EXPERTS, config.ffn_dim // 2)
-        runtime = runtime_for(Model(compute_dtype="bfloat16"))
+        runtime = runtime_for(Model(compute_dtype="bfloat16", layout="scanned"))  # quickly compiled
         with jax.set_mesh(mesh):
             stage = ExpertStage(batch=batch)
             self.step: Step = build_expert_step(config, self.mixture, runtime, stage, Tuning(), mesh)
 
     def state(self) -> Any:
         """A state to start from."""
-        leaves, tree = jax.tree.flatten(self.step.abstract.params)
-
-        def draw(key: jax.Array) -> Any:
-            keys = jax.random.split(key, len(leaves))
-            values = [
-                jnp.ones(x.shape) if x.ndim == 1 else 0.02 * jax.random.normal(k, x.shape)
-                for k, x in zip(keys, leaves, strict=True)
-            ]
-            return jax.tree.unflatten(tree, values)
-
         with jax.set_mesh(self.mesh):
-            return self.step.start(jax.jit(draw, out_shardings=self.step.shardings.params)(jax.random.key(0)))
+            return self.step.start(random_weights(self.step.abstract.params, self.step.shardings.params))
 
     def run(self, length: int) -> tuple[float, float]:
         """Tokens a second, and bytes of a device's memory that a step needs."""
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, self.config.vocab_size, (self.batch, length), dtype=np.int32)
         domain = (np.arange(self.batch) % EXPERTS).astype(np.int32)
-        channels = {f"layers_{i}": {} for i in range(self.config.num_layers)}
-        frozen = {"channels": channels, "routes": DomainRoutes(EXPERTS)}
-        state, rate = self.state(), np.float32(1e-4)
+        frozen = {"channels": {"layers": {}}, "routes": DomainRoutes(EXPERTS)}
+        rate = np.float32(1e-4)
         with jax.set_mesh(self.mesh):
             batch = put_batch({"tokens": tokens, "domain": domain}, self.mesh)
-            compiled = self.step.update.lower(state, batch, frozen, rate).compile()
+            arguments = (self.step.abstract, batch, frozen, rate)
+            program = compiled(lambda: self.step.update.lower(*arguments), f"on {self.mesh.size}")
+            state = self.state()
             for steps in (WARM, STEPS):
                 began = time.perf_counter()
                 for _ in range(steps):
-                    state, metrics = compiled(state, batch, frozen, rate)
+                    state, metrics = program(state, batch, frozen, rate)
                 jax.block_until_ready((state, metrics))
                 took = time.perf_counter() - began
         assert np.isfinite(float(metrics["loss"]))
-        memory = compiled.memory_analysis()
+        memory = program.memory_analysis()
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         return self.batch * length * steps / took, held + memory.output_size_in_bytes - memory.alias_size_in_bytes
 

@@ -2,8 +2,9 @@
 
 SmolLM2-135M's shape at sequence 1024, random weights: seven experts of half the width that own their rows (sequences
 of different experts in a batch), the dense slice of the same arithmetic, and the dense model. MFU: 6 FLOPs an active
-weight and token and causal attention, over the bf16 matmul rate of the same run. `--profile` adds where a step's time
-goes: kernels by part of the model, forward and backward together, and the longest of them.
+weight and token and causal attention, over the bf16 matmul rate of the same run. Layers scanned, then unrolled, which
+compiles for longer. `--profile` adds where a step's time goes: kernels by part of the model, forward and backward
+together, and the longest of them.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from _measure import Rows, matmul_rate
+from _measure import Rows, compiled, matmul_rate, random_weights
 from _profile import device_seconds, scopes
 
 from readme_jax.checkpoints.known import shape_of
-from readme_jax.config import ExpertStage, Mesh, MixtureConfig, Model, Tuning
+from readme_jax.config import ExpertStage, Layout, Mesh, MixtureConfig, Model, Tuning
 from readme_jax.models.runtime import runtime_for
 from readme_jax.models.sizes import TRAINING, forward_flops
 from readme_jax.parallel.mesh import make_mesh, put_batch
@@ -37,30 +38,25 @@ PEAK = np.float32(1e-4)
 class Case:
     """A compiled expert step of random weights and one batch."""
 
-    def __init__(self, mixture: MixtureConfig | None, batch: int, length: int, mesh: Any) -> None:
-        runtime = runtime_for(Model(compute_dtype="bfloat16"))
+    def __init__(self, name: str, layout: Layout, batch: int, length: int, mesh: Any) -> None:
+        mixture, runtime = CASES[name], runtime_for(Model(compute_dtype="bfloat16", layout=layout))
         with jax.set_mesh(mesh):
             step = build_expert_step(SMOLLM2, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
             self.frozen: dict[str, Any] = {}
             if mixture is not None:
-                self.frozen["channels"] = {f"layers_{i}": {} for i in range(SMOLLM2.num_layers)}
+                layers = ["layers"] if layout == "scanned" else [f"layers_{i}" for i in range(SMOLLM2.num_layers)]
+                self.frozen["channels"] = {layer: {} for layer in layers}
                 self.frozen["routes"] = DomainRoutes(mixture.num_experts)
             tokens = np.random.default_rng(0).integers(0, SMOLLM2.vocab_size, (batch, length), dtype=np.int32)
             domain = (np.arange(batch) % (mixture.num_experts if mixture else 1)).astype(np.int32)
             self.batch = put_batch({"tokens": tokens, "domain": domain}, mesh)
-            self.program = step.update.lower(step.abstract, self.batch, self.frozen, PEAK).compile()
+            arguments = (step.abstract, self.batch, self.frozen, PEAK)
+            self.program = compiled(lambda: step.update.lower(*arguments), f"{layout} {name}")
         self.step = step
 
     def start(self) -> None:
         """Random weights on the device."""
-        leaves, tree = jax.tree.flatten(self.step.abstract.params)
-
-        def draw(key: jax.Array) -> list[jax.Array]:
-            keys = jax.random.split(key, len(leaves))
-            each = zip(keys, leaves, strict=True)
-            return [jnp.ones(x.shape) if x.ndim == 1 else 0.02 * jax.random.normal(k, x.shape) for k, x in each]
-
-        self.state = self.step.start(jax.tree.unflatten(tree, jax.jit(draw)(jax.random.key(0))))
+        self.state = self.step.start(random_weights(self.step.abstract.params, self.step.shardings.params))
 
     def run(self, steps: int) -> Any:
         """A chain of steps, waited for."""
@@ -79,30 +75,19 @@ class Case:
         return statistics.median(times)
 
 
-def profile(results: Rows, name: str, case: Case, steps: int = 3) -> None:
+def profile(results: Rows, about: Mapping[str, Any], case: Case, steps: int = 3) -> None:
     """Milliseconds of a step's kernels by scope, and the longest kernels."""
     scope, kernels = device_seconds(lambda: case.run(steps), scopes(case.program, SCOPES))
     ms = {f"{part}_ms": 1e3 * scope[part] / steps for part in (*SCOPES, "rest", "unknown")}
     top = {kernel[:70]: round(1e3 * seconds / steps, 3) for kernel, seconds in kernels.most_common(25)}
-    results.add(case=name, **ms, busy_ms=1e3 * scope.total() / steps, kernels=top)
+    results.add(**about, **ms, busy_ms=1e3 * scope.total() / steps, kernels=top)
 
 
-def main() -> None:
-    """Measure and write results/gpu_training.json (and gpu_training_profile.json)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args()
-    results = Rows("gpu_training", batch=args.batch, length=args.length)
-    details = Rows("gpu_training_profile", batch=args.batch, length=args.length)
-    results.tell(matmul_rate=matmul_rate())
-    mesh, began, base = make_mesh(Mesh(), jax.devices()[:1]), time.perf_counter(), 0.0
+def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespace, mesh: Any) -> None:
+    """A row a case, all of one layout."""
+    base = 0.0
     with ThreadPoolExecutor(len(args.cases)) as pool:
-        cases = list(pool.map(lambda name: Case(CASES[name], args.batch, args.length, mesh), args.cases))
-    results.tell(compile_seconds=time.perf_counter() - began)
+        cases = list(pool.map(lambda name: Case(name, layout, args.batch, args.length, mesh), args.cases))
     with jax.set_mesh(mesh):
         for name, case in zip(args.cases, cases, strict=True):
             case.start()
@@ -113,10 +98,29 @@ def main() -> None:
             mfu = speed * TRAINING * forward_flops(SMOLLM2, width, args.length) / results.about["matmul_rate"]
             ratio = {"ratio": speed / base} if base else {}
             temp = case.program.memory_analysis().temp_size_in_bytes / 2**30
-            results.add(case=name, tokens_per_s=speed, mfu=mfu, **ratio, ms=1e3 * took, temp_gb=temp)
+            about = {"layout": layout, "case": name}
+            results.add(**about, tokens_per_s=speed, mfu=mfu, **ratio, ms=1e3 * took, temp_gb=temp)
             if args.profile:
-                profile(details, name, case)
+                profile(details, about, case)
             del case.state
+
+
+def main() -> None:
+    """Measure and write results/gpu_training.json (and gpu_training_profile.json)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--layouts", nargs="+", default=["scanned", "unrolled"], choices=("scanned", "unrolled"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    results = Rows("gpu_training", batch=args.batch, length=args.length)
+    details = Rows("gpu_training_profile", batch=args.batch, length=args.length)
+    results.tell(matmul_rate=matmul_rate())
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    for layout in args.layouts:
+        measure(results, details, layout, args, mesh)
 
 
 if __name__ == "__main__":
