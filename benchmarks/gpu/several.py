@@ -90,7 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     if len(jax.devices()) < 2:
         raise SystemExit("several.py needs two devices or more")
-    programs.GPU_OPTIONS |= dict(option.split("=", 1) for option in args.option)
+    for name, value in (option.split("=", 1) for option in args.option):
+        programs.GPU_OPTIONS[name] = {"true": True, "false": False}.get(value, value)
     results = Results(kept=not args.tiny)
     for part in args.part:
         PARTS[part](args, results.begin(part))
