@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 from readme_jax.files import write_text
 
@@ -60,3 +62,13 @@ def write_results(name: str, **figures: Any) -> Path:
     content = {"command": command(), "commit": commit(), "machine": machine(), **figures}
     write_text(path, json.dumps(content, indent=1) + "\n")
     return path
+
+
+def show_rows(title: str, rows: list[dict[str, Any]], number: str = ".3f", width: int = 140) -> None:
+    """Rows as a table in the terminal; `number` formats floats."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=title)
+    for row in rows:
+        cells = (row.get(key, "") for key in columns)
+        table.add_row(*(f"{v:{number}}" if isinstance(v, float) else str(v) for v in cells))
+    Console(width=width).print(table)

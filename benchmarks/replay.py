@@ -21,23 +21,11 @@ import _devices
 import _engine
 import _prefetch
 from _replay import ROUTERS, SHARED, TRACES, Case
-from _report import RESULTS, write_results
-from rich.console import Console
-from rich.table import Table
+from _report import RESULTS, show_rows, write_results
 
 from readme_jax.serving.cost import DEVICES, SHAPES
 
 OVERLOAD = 1.2
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows as a table in the terminal."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, title=title)
-    for row in rows:
-        cells = (row.get(key, "") for key in columns)
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in cells))
-    Console(width=140).print(table)
 
 
 def cache(base: Case, name: str, about: dict[str, Any]) -> None:
@@ -45,8 +33,8 @@ def cache(base: Case, name: str, about: dict[str, Any]) -> None:
     limits = {(t, r): _cache.saturated(base, t, r) for t in TRACES for r in ROUTERS}
     rows = _cache.cache_rows(base, limits, OVERLOAD)
     table4, summary = _cache.table4_rows(), _cache.summary(rows)
-    show("Table 4", table4)
-    show("Belady with roll-out against LRU and the optimum", summary)
+    show_rows("Table 4", table4)
+    show_rows("Belady with roll-out against LRU and the optimum", summary)
     write_results(name, **about, rows=rows, table4=table4, summary=summary)
     _cache.plot(rows, RESULTS / f"{name}.png")
 
@@ -54,7 +42,7 @@ def cache(base: Case, name: str, about: dict[str, Any]) -> None:
 def batching(base: Case, name: str, about: dict[str, Any], capacity: int, processes: int) -> None:
     """batching.json: four schedulers on two traces, at three loads, with two routers, resident or not."""
     rows, ratios = _batching.batching(base, capacity, processes)
-    show("lookahead over the best baseline", ratios)
+    show_rows("lookahead over the best baseline", ratios)
     write_results(name, **about, rows=rows, ratios=ratios)
     _batching.plot(rows, RESULTS / f"{name}.png")
 
@@ -62,7 +50,7 @@ def batching(base: Case, name: str, about: dict[str, Any], capacity: int, proces
 def prefetch(base: Case, name: str, about: dict[str, Any]) -> None:
     """prefetch.json: latency, hidden load time and steps against their limit."""
     rows = _prefetch.prefetch_rows(base)
-    show("Prefetch", rows)
+    show_rows("Prefetch", rows)
     write_results(name, **about, rows=rows)
     _prefetch.plot(rows, RESULTS / f"{name}.png")
 
@@ -70,7 +58,7 @@ def prefetch(base: Case, name: str, about: dict[str, Any]) -> None:
 def devices(base: Case, name: str, about: dict[str, Any], capacity: int, processes: int) -> None:
     """devices.json: both models on every accelerator, conversations, label router."""
     rows = _devices.device_rows(replace(base, slots=capacity), processes)
-    show(f"{capacity} experts resident, 70% load", rows)
+    show_rows(f"{capacity} experts resident, 70% load", rows)
     write_results(
         name, **{k: v for k, v in about.items() if k not in ("shape", "device")}, capacity=capacity, rows=rows
     )
@@ -79,8 +67,8 @@ def devices(base: Case, name: str, about: dict[str, Any], capacity: int, process
 def engine(name: str, args: argparse.Namespace) -> None:
     """replay_engine.json: a real engine, and the simulation of its log."""
     rows, fig6, about = _engine.engine_rows(args.checkpoint, args.engine_requests, args.seed)
-    show("Real engine", rows)
-    show("Loads ahead or on demand", fig6)
+    show_rows("Real engine", rows)
+    show_rows("Loads ahead or on demand", fig6)
     write_results(name, **about, seed=args.seed, rows=rows, prefetch=fig6)
 
 

@@ -33,9 +33,7 @@ import _several_exact
 import _several_serving
 import _several_training
 import jax
-from _report import RESULTS, command, write_results
-from rich.console import Console
-from rich.table import Table
+from _report import RESULTS, command, show_rows, write_results
 
 from readme_jax.serving import programs
 
@@ -68,12 +66,7 @@ class Results:
     def show(self, part: str) -> None:
         """A part's rows as a table."""
         rows = [{k: v for k, v in row.items() if k != "part"} for row in self.rows if row["part"] == part]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        table = Table(*names, title=part)
-        for row in rows:
-            cells = (row.get(name, "") for name in names)
-            table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
-        Console(width=160).print(table)
+        show_rows(part, rows, ".3g", 160)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ where nothing streams, because one program for a few layers compiles in a fracti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Given = Sequence[Sequence[Expert]]  # an entry a layer: the arrays of the experts present
 
 
-class Pass:
+class Pass(ABC):
     """Run each span in turn, then `finish`; or `whole`. `done` of a span is there when all before it has run; the
     results are there after `finish`."""
 
@@ -56,11 +57,13 @@ class Pass:
             state = self.run(state, span, weights[layers])
         return self.finish(state)
 
+    @abstractmethod
     def _layers(self, state: State, span: int, weights: Given) -> tuple[tuple[Cache, ...], jax.Array]:
-        raise NotImplementedError
+        """A span's caches, and a scalar that is there when it has run."""
 
+    @abstractmethod
     def _end(self, rest: State) -> State:
-        raise NotImplementedError
+        """The state but for its layers, after them."""
 
     def _arguments(self, state: State, span: int, weights: Given) -> tuple[Any, ...]:
         """What the layers of all kinds begin with."""
