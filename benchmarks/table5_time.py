@@ -54,7 +54,7 @@ def slicing(s: runner.Setting, clock: Clock) -> None:
         run = replace(s.run, slice=replace(s.run.slice, calibration_tokens=size))
         text = runner.calibration_text(replace(s, run=run))
         began = time.perf_counter()
-        jax.block_until_ready(start(run, s.dense, text, s.runtime).params)
+        jax.block_until_ready(start(run, s.dense, text, s.runtime, s.mesh).params)
         took.append(time.perf_counter() - began)
     rate = max(took[1] - took[0], 0.0) / (SIZES[1] - SIZES[0])
     clock.note("slice", took[1] + rate * (s.run.slice.calibration_tokens - SIZES[1]), sum(took))

@@ -77,7 +77,7 @@ def cut(s: Setting, name: str, run: config.Run, calibration: Mapping[str, np.nda
         return Arm(run, None, s.dense.params, None, 1, Evaluator(model, None, runtime, s.mesh, batch=16))
     began = time.perf_counter()
     exact = replace(runtime_for(Model(), None), segments="masked", attention="blocks")
-    sliced = start(run, s.dense, calibration, exact)
+    sliced = start(run, s.dense, calibration, exact, s.mesh)
     channels = on_mesh(to_layout(sliced.channels, runtime.layout), s.mesh)
     parts = Parts(model, sliced.mixture, sliced.router_config, runtime, s.dense.params, channels)
     print(f"{name}: sliced in {time.perf_counter() - began:.0f} s", flush=True)
