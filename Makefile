@@ -29,6 +29,7 @@ multihost: $(VENV)/stamp-test
 lint: $(VENV)/stamp-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks:benchmarks/gpu $(BIN)/mypy benchmarks/gpu/*.py
 
 clean:
 	rm -rf $(VENV)

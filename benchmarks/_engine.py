@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -48,6 +48,12 @@ class Ask:
     arrival: float  # seconds after the first
     tokens: list[int]
     output: int
+
+
+class Serves(Protocol):
+    """What a run takes its engine from."""
+
+    def engine(self, settings: config.Serving, log: list[Logged]) -> Engine: ...
 
 
 class Server:
@@ -128,7 +134,7 @@ def make_asks(model: Mixture, count: int, seed: int) -> list[Ask]:
     return asks
 
 
-def run(server: Server, asks: list[Ask], settings: config.Serving, stretch: float) -> dict[str, Any]:
+def run(server: Serves, asks: list[Ask], settings: config.Serving, stretch: float) -> dict[str, Any]:
     """Serve all requests; `stretch` their arrivals. Figures as in batching.json, and whether the simulation agrees."""
     log: list[Logged] = []
     engine = server.engine(settings, log)

@@ -19,6 +19,7 @@ STEPS, ROUNDS = 20, 3
 
 def model_of(shape: dict[str, int], device: str) -> Any:
     """Random bf16 weights."""
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = LlamaConfig(
         vocab_size=shape["vocab_size"],
         hidden_size=shape["embed_dim"],
@@ -27,7 +28,7 @@ def model_of(shape: dict[str, int], device: str) -> Any:
         num_attention_heads=shape["num_heads"],
         num_key_value_heads=shape["num_kv_heads"],
         max_position_embeddings=16384,
-        attn_implementation="sdpa",
+        **attention,
     )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

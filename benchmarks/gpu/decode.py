@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,7 +227,7 @@ def split(results: Rows, c: ModelConfig, batches: list[int]) -> None:
             run, count = steps.chain(routes), 5
             run(3)
             by = scopes(steps.programs.program("decode", batch, steps.held(routes)), SCOPES)
-            scope, kernels = device_seconds(lambda run=run, count=count: run(count), by)
+            scope, kernels = device_seconds(partial(run, count), by)
             ms = {f"{part}_ms": 1e3 * scope[part] / count for part in (*SCOPES, "rest", "unknown")}
             top = {kernel[:60]: round(1e3 * s / count, 4) for kernel, s in kernels.most_common(12)}
             results.add(batch=batch, experts=name, **ms, busy_ms=1e3 * scope.total() / count, kernels=top)

@@ -68,8 +68,8 @@ def backend_of(name: str, routes: Array, present: int) -> tuple[Function, Any]:
         gate, up, down = (jnp.stack(w) for w in zip(*weights, strict=True))
 
         def product(x: Array, w: Array) -> Array:
-            blocks = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 8}
-            return ragged_dot(x, w, group_sizes=plan.sizes, transpose_rhs=True, **blocks)
+            tile: dict[str, Any] = {"block_m": 128, "block_n": 128, "block_k": 64, "grid_block_n": 8}
+            return ragged_dot(x, w, group_sizes=plan.sizes, transpose_rhs=True, max_concurrent_steps=4, **tile)
 
         x = x[plan.order]
         return product(jax.nn.silu(product(x, gate)) * product(x, up), down)[plan.inverse[:, 0]]
@@ -127,7 +127,7 @@ def measure(results: Rows, args: argparse.Namespace, rows: int, weights: list[Ex
             jobs[name, present] = (passes(function), (x, weights[:present], plan))
     base = 0.0
     for (name, present), program in compiled_in_threads(jobs).items():
-        took = seconds_in_a_row(lambda p=program, a=jobs[name, present][1]: p(*a))
+        took = seconds_in_a_row(functools.partial(program, *jobs[name, present][1]))
         base = base or took
         bytes_ = present * sum(w.nbytes for w in weights[0])
         results.add(
@@ -162,7 +162,7 @@ def tune(rows: int, weights: list[Expert], backward: bool) -> None:
     jobs: dict[Any, Any] = {"dense": (passes(lambda x, w, plan: dense(x, w[0])), (x, weights[:1], None))}
     jobs |= {tiles: (kernel(tiles), (x, weights, plan)) for tiles in [*low, *([] if rows < 1024 else [*tall, *narrow])]}
     programs = compiled_in_threads(jobs)
-    took = {key: seconds_in_a_row(lambda p=p, a=jobs[key][1]: p(*a)) for key, p in programs.items()}
+    took = {key: seconds_in_a_row(functools.partial(p, *jobs[key][1])) for key, p in programs.items()}
     base = took.pop("dense")
     print(
         f"--- {rows} rows, {'forward and backward' if backward else 'forward'}, dense {1e6 * base:.0f} us", flush=True

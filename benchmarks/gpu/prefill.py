@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,6 +58,11 @@ def prefill(programs: Programs, tokens: int, chunk: int, routes: np.ndarray) -> 
     return float(np.median(times))
 
 
+def among(names: set[tuple[Any, Any]], key: tuple[Any, ...]) -> bool:
+    """Whether a program's key has one of the names and sizes."""
+    return (key[0], key[2 if len(key) > 2 else -1]) in names
+
+
 def tune(tokens: int) -> None:
     """Tiles of the attention kernel, over the last quarter of a prompt and over all of it; cuDNN beside the latter."""
     heads, width = 32, 128
@@ -71,13 +77,13 @@ def tune(tokens: int) -> None:
             for keys, warps, stages in sizes:
                 tiles = Tiles(queries, keys, warps, stages)
                 try:
-                    took = seconds_in_a_row(lambda t=tiles, q=q, s=begin: attend_chunk(q, cache, zero, s, tiles=t))
+                    took = seconds_in_a_row(partial(attend_chunk, q, cache, zero, begin, tiles=tiles))
                 except Exception as error:  # tiles that do not fit: the others are still measured
                     print({"failed": tiles, "why": str(error).splitlines()[0][:160]}, flush=True)
                 else:
                     print(f"{count} after {start}: {flops / took / 1e12:.0f} TFLOP/s  {tiles}", flush=True)
         if not start:
-            took = seconds_in_a_row(lambda q=q: dense(q[None]))
+            took = seconds_in_a_row(partial(dense, q[None]))
             print(f"{count}: cuDNN {flops / took / 1e12:.0f} TFLOP/s", flush=True)
 
 
@@ -111,7 +117,7 @@ def main() -> None:
             present = {{"seven": EXPERTS, "one": 1, "dense": 0}[case] for case in cases}
             began = time.perf_counter()
             names = {("prefill_span", n) for n in present} | {("prefill_end", sizes[-1])}
-            compile_side_by_side(programs, lambda key, names=names: (key[0], key[2 if len(key) > 2 else -1]) in names)
+            compile_side_by_side(programs, partial(among, names))
             results.tell(**{f"compile_seconds_{experts}": time.perf_counter() - began})
             for case in cases:
                 measure(results, programs, case, args.tokens, args.chunk)

@@ -109,14 +109,17 @@ class Trainer:
                 frozen = {"backbone": arm.parts.dense, "channels": arm.parts.channels}
                 few = max(steps // 4, 1)  # as the paper: a quarter of the experts' tokens
                 router = self._stage("router", router, frozen, few, batch, peak, round_)
-            frozen = {}
-            if arm.parts is not None:
-                frozen = {"channels": arm.parts.channels}
-                if arm.parts.mixture.num_experts > 1:
-                    frozen["routes"] = own_routes(arm.parts, router)
             peak = round_peak(lr, arm.run.tuning, round_)
-            backbone = self._stage("experts", backbone, frozen, steps, batch, peak, round_)
+            backbone = self._stage("experts", backbone, self._beside(router), steps, batch, peak, round_)
         return backbone, router, rounds * steps * batch * LENGTH
+
+    def _beside(self, router: Any) -> dict[str, Any]:
+        """What tuning experts reads and does not train."""
+        parts = self.arm.parts
+        if parts is None:
+            return {}
+        routes = {"routes": own_routes(parts, router)} if parts.mixture.num_experts > 1 else {}
+        return {"channels": parts.channels, **routes}
 
     def _stage(self, stage: Stage, weights: Any, frozen: Any, steps: int, batch: int, peak: float, round_: int) -> Any:
         step = self._step(stage, batch)
