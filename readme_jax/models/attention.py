@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,6 +17,7 @@ from einops import rearrange
 
 from readme_jax.config import RopeScaling
 from readme_jax.models.remat import kept
+from readme_jax.parallel.mesh import batch_ways, partition_spec
 
 MASKED = -1e30  # finite: a row with nothing to attend to (padding) stays finite
 BLOCK = 128  # queries a static block, more where a sequence would have over MAX_BLOCKS
@@ -84,14 +87,19 @@ def causal_attention(
     divisor = divisor or math.sqrt(q.shape[-1])
     if backend == "cudnn" and positions is None:
         sliding = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=1 / divisor, is_causal=True, local_window_size=sliding, implementation="cudnn"
+        attend = partial(
+            jax.nn.dot_product_attention,
+            scale=1 / divisor,
+            is_causal=True,
+            local_window_size=sliding,
+            implementation="cudnn",
         )
+        return on_each_device(attend, q, k, v)
     length, kv_heads = q.shape[1], k.shape[2]
     if backend == "splash" and positions is None and length % LANES == 0:
         from readme_jax.models import attention_tpu  # Pallas, only where a TPU needs it
 
-        return attention_tpu.causal_attention(q, k, v, window, divisor)
+        return on_each_device(partial(attention_tpu.causal_attention, window=window, divisor=divisor), q, k, v)
     group, block = q.shape[2] // kv_heads, max(BLOCK, -(-length // MAX_BLOCKS))
     q = rearrange(q, "b t (k g) h -> b k (t g) h", k=kv_heads)  # one axis of rows: two would be copied into one
     k, v = (rearrange(x, "b t k h -> b k t h") for x in (k, v))
@@ -106,6 +114,19 @@ def causal_attention(
         rows = q[:, :, start * group : stop * group]
         blocks.append(_attend(rows, k[:, :, first:stop], v[:, :, first:stop], mask, divisor))
     return kept(rearrange(jnp.concatenate(blocks, axis=2), "b k (t g) h -> b t (k g) h", g=group))
+
+
+def on_each_device(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend` for a kernel that knows of no mesh: each device has its own rows and heads. q [B, T, H, h], k and v
+    [B, T, K, h] -> [B, T, H, h]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return attend(q, k, v)
+    rows = q.shape[0]
+    q, k, v = (jnp.pad(x, ((0, -rows % batch_ways(mesh)), (0, 0), (0, 0), (0, 0))) for x in (q, k, v))
+    heads, kv_heads = (partition_spec("batch", None, name, None) for name in ("heads", "kv_heads"))
+    local = jax.shard_map(attend, in_specs=(heads, kv_heads, kv_heads), out_specs=heads, check_vma=False)
+    return local(q, k, v)[:rows]
 
 
 @jax.tree_util.register_dataclass

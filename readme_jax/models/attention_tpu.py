@@ -9,17 +9,14 @@ them the gradients of queries, keys and values.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from readme_jax.models.remat import DOT
-from readme_jax.parallel.mesh import batch_ways, partition_spec
 
 BLOCK = 512  # queries and keys of a block, at most
 FORWARD, BACKWARD, AGAIN = 2, 5, 1  # matmuls of a block; backward, of them the scores computed again
@@ -33,22 +30,14 @@ def block(length: int) -> int:
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, divisor: float, interpret: bool = False
 ) -> jax.Array:
-    """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H, h], under a mesh: each device has its rows and heads.
+    """q [B, T, H, h], k and v [B, T, K, h] -> [B, T, H, h], of one device.
 
     T is a multiple of 128. `window` is the sliding window, `divisor` divides the logits; `interpret` runs the kernels
     anywhere, slowly.
     """
-    rows, mesh = q.shape[0], jax.sharding.get_abstract_mesh()
-    q, k, v = (jnp.pad(x, ((0, -rows % batch_ways(mesh)), (0, 0), (0, 0), (0, 0))) for x in (q, k, v))
-    heads, kv_heads = (partition_spec("batch", None, name, None) for name in ("heads", "kv_heads"))
-
-    @partial(jax.shard_map, in_specs=(heads, kv_heads, kv_heads), out_specs=heads, check_vma=False)
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q / divisor, k, v))
-        kernel: Any = _kernel(q.shape[1], q.shape[2], window, interpret)
-        return rearrange(jax.vmap(kernel)(q, k, v), "b h t d -> b t h d")
-
-    return local(q, k, v)[:rows]
+    q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q / divisor, k, v))
+    kernel: Any = _kernel(q.shape[1], q.shape[2], window, interpret)
+    return rearrange(jax.vmap(kernel)(q, k, v), "b h t d -> b t h d")
 
 
 def _kernel(heads: int, length: int, window: int | None, interpret: bool) -> splash.SplashAttentionKernel:
