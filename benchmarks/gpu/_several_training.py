@@ -55,12 +55,14 @@ class Job:
             program = compiled(lambda: self.step.update.lower(*arguments), f"on {self.mesh.size}")
             state = self.state()
             for steps in (WARM, STEPS):
-                began = time.perf_counter()
+                began, losses = time.perf_counter(), []
                 for _ in range(steps):
                     state, metrics = program(state, batch, frozen, rate)
-                jax.block_until_ready((state, metrics))
+                    losses.append(metrics["loss"])
+                jax.block_until_ready((state, losses))
                 took = time.perf_counter() - began
-        assert np.isfinite(float(metrics["loss"]))
+        if not np.isfinite(losses).all():
+            raise SystemExit(f"losses on {self.mesh.size} devices: {[float(x) for x in losses]}")
         memory = program.memory_analysis()
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         return self.batch * length * steps / took, held + memory.output_size_in_bytes - memory.alias_size_in_bytes

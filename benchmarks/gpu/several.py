@@ -11,7 +11,8 @@ a layer, from the compiled program; `all_to_all` what a layer-wise router's exch
 `exact`: a checkpoint's greedy tokens in float32 (`--checkpoint`), all devices against one. `training`: expert steps at
 sequence 4096 with weights spread over all (fsdp) against one GPU; a checkpoint saved there, restored on one.
 
-Rows go to results/several_gpus.json as they are measured; parts that do not run keep theirs.
+Rows go to results/several_gpus.json as they are measured; parts that do not run keep theirs, and so do machines of
+another number of GPUs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import _several_exact
 import _several_serving
 import _several_training
 import jax
-from _report import RESULTS, command, show_rows, write_results
+from _report import RESULTS, command, commit, show_rows, write_results
 
 from readme_jax.serving import programs
 
@@ -48,12 +49,13 @@ class Results:
         path = RESULTS / "several_gpus.json"
         before = json.loads(path.read_text()) if path.exists() else {"rows": [], "runs": {}}
         self.rows: list[dict[str, Any]] = before["rows"]
-        self.runs: dict[str, str] = before["runs"]
+        self.runs: dict[str, dict[str, str]] = before["runs"]
 
     def begin(self, part: str) -> Callable[..., None]:
-        """Forget a part's rows; returns what adds new ones."""
-        self.rows = [row for row in self.rows if row["part"] != part]
-        self.runs[part] = command()
+        """Forget a part's rows of a machine with as many devices; returns what adds new ones."""
+        devices = len(jax.devices())
+        self.rows = [row for row in self.rows if (row["part"], row["devices"]) != (part, devices)]
+        self.runs[f"{part} on {devices}"] = {"command": command(), "commit": commit()}
 
         def add(**figures: Any) -> None:
             self.rows.append({"part": part, "devices": len(jax.devices()), **figures})
