@@ -1,8 +1,8 @@
 """Grouped SwiGLU on a GPU, forward and backward: kernels (Pallas, lowered through Triton) over blocks of one expert.
 
 Segments are padded to whole blocks of rows, so a block has one expert, whose own arrays it reads: no stacked weights,
-no arithmetic for experts without rows. Rows are gathered as kernels read them and scattered as they write them: no
-sorted copy of activations or of their gradients exists.
+no arithmetic for experts without rows. Rows are gathered as kernels read them and scattered as they write them; only
+for the gradients of weights, which sum over rows, the activations and their gradients are sorted first.
 
 # N tokens, K experts a token, M = N*K pairs, E experts, D model width, d expert width, b rows a block, n blocks,
 # T = n*b rows with padding
@@ -24,8 +24,8 @@ Join = Callable[..., tuple[Array, ...]]
 
 
 class Tiles(NamedTuple):
-    """A kernel's tiles: rows, output columns (a tile of one product is two of these side by side, so that registers
-    hold as much), depth of a step; row blocks that share weights in the L2 cache; how Triton runs them."""
+    """A kernel's tiles: rows, output columns (of one product `side` of these side by side, so that registers hold as
+    much), depth of a step; row blocks that share weights in the L2 cache; how Triton runs them."""
 
     rows: int = 128
     columns: int = 128
@@ -33,13 +33,16 @@ class Tiles(NamedTuple):
     group: int = 8
     warps: int = 8
     stages: int = 4
+    side: int = 2
 
 
 class Blocks(NamedTuple):
-    """Which rows each block has: its expert [n] (E: none); of each row the pair n*K + k [T] and whether there is one
-    [T]; whether sizes cover each pair [M]."""
+    """Which rows each block has: its expert [n] (E: none); of each expert its first block [E] and how many rows it has
+    [E]; of each row the pair n*K + k [T] and whether there is one [T]; whether sizes cover each pair [M]."""
 
     expert: Array
+    first: Array
+    sizes: Array
     pairs: Array
     real: Array
     covered: Array
@@ -60,6 +63,16 @@ def tiles_for(pairs: int, dtype: Any = jnp.bfloat16) -> Tiles:
     return Tiles() if pairs >= 2048 else Tiles(rows=64, warps=4)
 
 
+def swiglu_tiles(tiles: Tiles) -> Tiles:
+    """Of SwiGLU's gradient, whose other inputs and outputs take registers too, beside kernels of `tiles`."""
+    return tiles._replace(side=1)
+
+
+def outer_tiles(tiles: Tiles) -> Tiles:
+    """Of weights' gradients, whose own rows are tiled, beside a kernel of `tiles`."""
+    return tiles._replace(rows=tiles.columns, warps=8)
+
+
 def block_rows(slots: Array, inverse: Array, sizes: Array, rows: int) -> Blocks:
     """Blocks of `rows` rows over pairs sorted by expert: slots [M], inverse [M] (where each pair went), sizes [E]."""
     pairs, experts = slots.shape[0], sizes.shape[0]
@@ -73,7 +86,8 @@ def block_rows(slots: Array, inverse: Array, sizes: Array, rows: int) -> Blocks:
     source = jnp.arange(count * rows) - padding[inside]
     real = (of < experts) & (source < stops[inside])
     found = slots[jnp.where(real, source, 0)]
-    return Blocks(expert, jnp.where(real, found, 0).astype(jnp.int32), real, inverse < stops[-1])
+    found = jnp.where(real, found, 0).astype(jnp.int32)
+    return Blocks(expert, ends - held, sizes, found, real, inverse < stops[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))  # so that layers share a trace
@@ -94,7 +108,7 @@ def _grouped(
 ) -> Array:
     blocks = block_rows(slots, inverse.reshape(-1), sizes, tiles.rows)
     gates, ups, downs = zip(*experts, strict=True)
-    run = functools.partial(_run, blocks, tiles, interpret)
+    run = functools.partial(_run, blocks, tiles, interpret=interpret)
     (h,) = run([Rows(x, inverse.shape[1])], [gates, ups], _swiglu)
     return _covered(run([Rows(h)], [downs], _same, scatter=True)[0], blocks)
 
@@ -104,7 +118,7 @@ def _forward(
 ) -> tuple[Array, Any]:
     blocks = block_rows(slots, inverse.reshape(-1), sizes, tiles.rows)
     gates, ups, downs = zip(*experts, strict=True)
-    run = functools.partial(_run, blocks, tiles, interpret)
+    run = functools.partial(_run, blocks, tiles, interpret=interpret)
     h, gate, up = run([Rows(x, inverse.shape[1])], [gates, ups], _swiglu_and_inputs, outputs=3)
     y = _covered(run([Rows(h)], [downs], _same, scatter=True)[0], blocks)
     return y, (x, inverse, experts, blocks, gate, up)
@@ -113,14 +127,16 @@ def _forward(
 def _backward(tiles: Tiles, interpret: bool, saved: Any, dy: Array) -> tuple[Any, ...]:
     x, inverse, experts, blocks, gate, up = saved
     gates, ups, downs = zip(*experts, strict=True)
-    run = functools.partial(_run, blocks, tiles, interpret, across=True)
-    d_gate, d_up, h = run([Rows(dy, 1)], [downs], _swiglu_backward, beside=(gate, up), outputs=3)
-    (dx,) = run([Rows(d_gate), Rows(d_up)], [gates, ups], _same, scatter=True)
+    run = functools.partial(_run, blocks, interpret=interpret, across=True)
+    # Sorted once: a kernel whose inner axis is rows would look each up in its loop, where copies could not run ahead.
+    x_rows, dy_rows = x[_of(blocks.pairs, inverse.shape[1])], dy[blocks.pairs]
+    joined = swiglu_tiles(tiles)
+    d_gate, d_up, h = run(joined, [Rows(dy_rows)], [downs], _swiglu_backward, beside=(gate, up), outputs=3)
+    (dx,) = run(tiles, [Rows(d_gate), Rows(d_up)], [gates, ups], _same, scatter=True)
     dx = _covered(dx, blocks).reshape(*inverse.shape, -1).sum(1).astype(x.dtype)
-    outer, tokens = functools.partial(_outer, blocks, tiles, interpret, len(experts)), Rows(x, inverse.shape[1])
-    parts = zip(
-        outer(Rows(d_gate), tokens), outer(Rows(d_up), tokens), outer(Rows(dy, 1), Rows(h)), strict=True
-    )  # padding adds nothing: h and the gradients are zero there
+    outer = functools.partial(_outer, blocks, outer_tiles(tiles), interpret)
+    # Padding adds nothing: h and the gradients are zero there.
+    parts = zip(outer(d_gate, x_rows), outer(d_up, x_rows), outer(dy_rows, h), strict=True)
     return dx, None, None, None, [type(e)(*part) for e, part in zip(experts, parts, strict=True)]
 
 
@@ -217,10 +233,10 @@ def _indices(*axes: Any) -> tuple[Array, ...]:
 def _run(
     blocks: Blocks,
     tiles: Tiles,
-    interpret: bool,
     rows: list[Rows],
     weights: list[Sequence[Array]],
     join: Join,
+    interpret: bool,
     beside: Sequence[Array] = (),
     outputs: int = 1,
     across: bool = False,
@@ -235,8 +251,8 @@ def _run(
     """
     count, depth = blocks.expert.shape[0], rows[0].array.shape[1]
     columns = weights[0][0].shape[1 if across else 0]
-    alone = (len(weights) == 1 or len(rows) > 1) and not beside
-    tile, parts = _tile(columns, tiles.columns, 2 if alone else 1)
+    alone = len(weights) == 1 or len(rows) > 1
+    tile, parts = _tile(columns, tiles.columns, tiles.side if alone else 1)
     tiles = tiles._replace(columns=tile, depth=_fitting(depth, tiles.depth))
     height = blocks.covered.shape[0] if scatter else blocks.pairs.shape[0]
     body = functools.partial(
@@ -294,8 +310,13 @@ def _rows_kernel(
     real = real_ref[own]
     at = [own if of == 0 else _of(pairs_ref[own], of) for of in pairs]
 
-    def tile(e: int) -> None:
-        sums = _sums(rows_refs, at, weights[e::experts], tiles, here, across)
+    @pl.when(expert_ref[i] < experts)
+    def _() -> None:
+        zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+        sums = (zeros,) * (len(here) * (products if len(pairs) == 1 else 1))
+        for e in range(experts):
+            add = functools.partial(_sums, rows_refs, at, weights[e::experts], tiles, here, across)
+            sums = jax.lax.cond(expert_ref[i] == e, add, lambda sums: sums, sums)
         each = len(sums) // parts
         for p, part in enumerate(here):
             mask = part.mask((tiles.rows, tiles.columns), 1)
@@ -309,9 +330,6 @@ def _rows_kernel(
                 else:
                     _write(out, own, part.here, value, mask)
 
-    for e in range(experts):
-        pl.when(expert_ref[i] == e)(functools.partial(tile, e))
-
 
 def _place(count: int, group: int) -> tuple[Array, Array]:
     """Row block and column tile of this program, of `count` blocks in groups."""
@@ -322,10 +340,16 @@ def _place(count: int, group: int) -> tuple[Array, Array]:
 
 
 def _sums(
-    rows: Sequence[Any], at: list[Any], weights: Sequence[Any], tiles: Tiles, here: list[_Columns], across: bool
+    rows: Sequence[Any],
+    at: list[Any],
+    weights: Sequence[Any],
+    tiles: Tiles,
+    here: list[_Columns],
+    across: bool,
+    sums: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    """For each part of the columns: the products of one array of rows with each of the weights, or the sum of those of
-    several with one each."""
+    """`sums` and, for each part of the columns, the products of one array of rows with each of the weights, or the sum
+    of those of several with one each."""
     shape = (tiles.depth, tiles.columns) if across else (tiles.columns, tiles.depth)
 
     def weight(ref: Any, step: Any, part: _Columns) -> Array:
@@ -339,8 +363,6 @@ def _sums(
         return tuple(total + product for total, product in zip(sums, products, strict=True))
 
     together = len(rows) == 1
-    zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-    sums = (zeros,) * (len(here) * (len(weights) if together else 1))
     for n, ref in enumerate(rows):
         body = functools.partial(add, ref, at[n], weights if together else weights[n : n + 1])
         sums = jax.lax.fori_loop(0, ref.shape[1] // tiles.depth, body, sums)
@@ -355,53 +377,57 @@ def _dot(x: Array, y: Array) -> Array:
 # --- gradients of weights -----------------------------------------------------------------------------------------
 
 
-def _outer(blocks: Blocks, tiles: Tiles, interpret: bool, experts: int, left: Rows, right: Rows) -> tuple[Array, ...]:
+def _outer(blocks: Blocks, tiles: Tiles, interpret: bool, left: Array, right: Array) -> tuple[Array, ...]:
     """left^T right over each expert's rows: [T, A] and [T, C] -> E arrays [A, C]."""
-    shape = (left.array.shape[1], right.array.shape[1])
-    tall, _ = _tile(shape[0], tiles.columns)
-    wide, parts = _tile(shape[1], tiles.columns, 2)
-    first = jnp.sum(blocks.expert < jnp.arange(experts + 1)[:, None], axis=1, dtype=jnp.int32)
+    shape, experts = (left.shape[1], right.shape[1]), blocks.sizes.shape[0]
+    tall, _ = _tile(shape[0], tiles.rows)
+    wide, parts = _tile(shape[1], tiles.columns, tiles.side)
+    body = functools.partial(
+        _outer_kernel,
+        block=blocks.pairs.shape[0] // blocks.expert.shape[0],
+        depth=tiles.depth,
+        shape=shape,
+        tile=(tall, wide),
+        parts=parts,
+    )
     return pl.pallas_call(
-        functools.partial(
-            _outer_kernel, tiles=tiles, shape=shape, tile=(tall, wide), parts=parts, pairs=(left.pairs, right.pairs)
-        ),
+        body,
         grid=(pl.cdiv(shape[0], tall), pl.cdiv(shape[1], wide * parts), experts),
-        out_shape=tuple(jax.ShapeDtypeStruct(shape, left.array.dtype) for _ in range(experts)),
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=tiles.stages),
+        out_shape=tuple(jax.ShapeDtypeStruct(shape, left.dtype) for _ in range(experts)),
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="grouped_outer",
-    )(first, blocks.pairs, left.array, right.array)
+    )(blocks.first, blocks.sizes, left, right)
 
 
 def _outer_kernel(
     first_ref: Any,
-    pairs_ref: Any,
+    sizes_ref: Any,
     left_ref: Any,
     right_ref: Any,
     *outs: Any,
-    tiles: Tiles,
+    block: int,
+    depth: int,
     shape: tuple[int, int],
     tile: tuple[int, int],
     parts: int,
-    pairs: tuple[int, int],
 ) -> None:
     """One tile of one expert's gradient."""
     i, j, e = (pl.program_id(axis) for axis in range(3))
+    begin = first_ref[e] * block
     down = _Columns(i * tile[0], tile[0], shape[0])
     here = [_Columns((j * parts + p) * tile[1], tile[1], shape[1]) for p in range(parts)]
 
-    def read(ref: Any, of: int, k: Array, part: _Columns) -> Array:
-        own = pl.ds(k * tiles.depth, tiles.depth)
-        return _read(ref, _of(pairs_ref[own], of) if of else own, part.here, part.mask((tiles.depth, part.tile), 1))
+    def read(ref: Any, k: Array, part: _Columns) -> Array:
+        return _read(ref, pl.ds(begin + k * depth, depth), part.here, part.mask((depth, part.tile), 1))
 
     def add(k: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        left = read(left_ref, pairs[0], k, down).T
-        rights = [read(right_ref, pairs[1], k, part) for part in here]
+        left = read(left_ref, k, down).T
+        rights = [read(right_ref, k, part) for part in here]
         return tuple(total + _dot(left, right) for total, right in zip(sums, rights, strict=True))
 
-    steps = tiles.rows // tiles.depth
     zeros = (jnp.zeros(tile, jnp.float32),) * parts
-    sums = jax.lax.fori_loop(first_ref[e] * steps, first_ref[e + 1] * steps, add, zeros)
+    sums = jax.lax.fori_loop(0, pl.cdiv(sizes_ref[e], depth), add, zeros)
     for mine, out in enumerate(outs):
 
         @pl.when(e == mine)
