@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from _report import RESULTS, write_results
 
+Row = dict[str, Any]
+
 
 class Rows:
     """Rows of a result: each is printed, and the file written again, as soon as it is measured."""
 
     def __init__(self, name: str, resume: bool = False, **about: Any) -> None:
         """With `resume` the rows that the file holds come first."""
-        self.name, self.about, self.rows = name, about, list[dict[str, Any]]()
-        if resume and (RESULTS / f"{name}.json").exists():
-            self.rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        self.name, self.about, self.rows = name, about, held(name) if resume else []
 
-    def add(self, **row: Any) -> dict[str, Any]:
+    def add(self, **row: Any) -> Row:
         """Append a row."""
         self.rows.append(row)
         print(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
@@ -38,6 +38,27 @@ class Rows:
         """More about the whole result."""
         self.about |= about
         print(json.dumps(about), flush=True)
+
+
+def held(name: str) -> list[Row]:
+    """Rows of a result; none where it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def merge(main: str, names: Sequence[str], key: Callable[[Row], Any]) -> list[Row]:
+    """Add rows of other results, as of two processes on two GPUs, to those of `main`, and write them in the order of
+    `key`. Of equal keys the first of `main` and `names` counts."""
+    runs = {}
+    for name in names:
+        if not held(name):
+            raise SystemExit(f"no rows in results/{name}.json")
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        runs[name] = f"{result['commit']}: {result['command']}"
+    rows = {key(row): row for name in reversed([main, *names]) for row in held(name)}
+    order = [rows[each] for each in sorted(rows)]
+    write_results(main, runs=runs, rows=order)
+    return order
 
 
 def seconds_of(call: Callable[[], Any], repeats: int) -> float:

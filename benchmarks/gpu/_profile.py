@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def device_seconds(
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
     scope, kernels = Counter[str](), Counter[str]()
-    lost: dict[str, str] = {}
+    lost: dict[tuple[str, str], float] = {}
     for each in data.planes:
         if not each.name.startswith(plane):
             continue
@@ -72,8 +73,16 @@ def device_seconds(
                 for part, count in found.items():
                     scope[part] += seconds * count / found.total()
                 if "unknown" in found:
-                    lost[event.name] = operation
+                    lost[event.name, operation] = lost.get((event.name, operation), 0.0) + seconds
                 kernels[event.name] += seconds
-    if 2 * scope["unknown"] > scope.total():
-        print(f"kernels of no known instruction: {list(lost.items())[:5]}; known: {list(by)[:5]}", flush=True)
+    if by and lost:
+        show_lost(lost, by)
     return scope, kernels
+
+
+def show_lost(lost: Mapping[tuple[str, str], float], by: Mapping[str, Any]) -> None:
+    """Print the longest kernels of no known instruction, with the operation that the profile names, and the most alike
+    of the known names."""
+    for (name, operation), seconds in sorted(lost.items(), key=lambda row: -row[1])[:8]:
+        alike = get_close_matches(_plain(name), by, 3, 0.0)
+        print(f"no instruction of kernel {name} ({operation}), {1e3 * seconds:.3f} ms; known: {alike}", flush=True)

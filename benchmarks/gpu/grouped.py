@@ -10,7 +10,7 @@ batch.
   static  knows the segments' sizes when it is compiled, and runs each as a dense matmul
   ragged  `jax.lax.ragged_dot` over stacked weights;  mosaic  JAX's own example kernel of it for Hopper, forward
 
-`--tune` measures tiles of our kernel instead, and prints the best of each size.
+`--tune` measures each kernel of a pass alone over tiles instead, best first.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _grouped_kernels import show_kernels, tune_kernels
 from _measure import Rows, copy_bandwidth, matmul_rate, seconds_in_a_row
 
-from readme_jax.models.grouped_gpu import Tiles, grouped_swiglu
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import FEW_ROWS, Backend, Expert, grouped_ffn, plan_routes
 from readme_jax.serving.decode import expert_columns, plan_rows
@@ -145,30 +145,21 @@ def measure(results: Rows, args: argparse.Namespace, rows: int, weights: list[Ex
 
 
 def tune(rows: int, weights: list[Expert], backward: bool) -> None:
-    """Tiles of our kernel, all experts present."""
+    """Kernels of a pass in the model, and each alone over candidate tiles, all experts present."""
     x = jax.random.normal(jax.random.key(rows), (rows, weights[0].gate.shape[1]), jnp.bfloat16)
-    plan = plan_routes(routes_of(rows, EXPERTS), EXPERTS)
-    passes = gradients if backward else lambda function: function
-    interpret = jax.default_backend() == "cpu"
-    tall = [
-        Tiles(128, 128, *rest) for rest in [(64, 8, 8, 3), (64, 8, 8, 4), (64, 16, 8, 4), (64, 4, 8, 4), (32, 8, 8, 6)]
-    ]
-    low = [Tiles(64, 128, *rest) for rest in [(64, 8, 4, 3), (64, 8, 4, 4), (64, 16, 8, 4), (128, 8, 4, 2)]]
-    narrow = [Tiles(128, 64, 64, 8, 4, 4), Tiles(256, 64, 64, 8, 8, 4)]
-
-    def kernel(tiles: Tiles) -> Function:
-        return passes(lambda x, w, plan: grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, w, tiles, interpret))
-
-    jobs: dict[Any, Any] = {"dense": (passes(lambda x, w, plan: dense(x, w[0])), (x, weights[:1], None))}
-    jobs |= {tiles: (kernel(tiles), (x, weights, plan)) for tiles in [*low, *([] if rows < 1024 else [*tall, *narrow])]}
-    programs = compiled_in_threads(jobs)
-    took = {key: seconds_in_a_row(functools.partial(p, *jobs[key][1])) for key, p in programs.items()}
-    base = took.pop("dense")
-    print(
-        f"--- {rows} rows, {'forward and backward' if backward else 'forward'}, dense {1e6 * base:.0f} us", flush=True
+    passes, (ours, plan) = (
+        gradients if backward else lambda f: f,
+        backend_of("kernel", routes_of(rows, EXPERTS), EXPERTS),
     )
-    for tiles, seconds in sorted(took.items(), key=lambda pair: pair[1]):
-        print(f"{seconds / base:.3f}  {tiles}", flush=True)
+    jobs: dict[Any, Any] = {
+        "dense": (passes(lambda x, w, plan: dense(x, w[0])), (x, weights[:1], None)),
+        "kernel": (passes(ours), (x, weights, plan)),
+    }
+    programs = compiled_in_threads(jobs)
+    took = {name: round(1e6 * seconds_in_a_row(functools.partial(p, *jobs[name][1]))) for name, p in programs.items()}
+    print(f"--- {rows} rows, {'forward and backward' if backward else 'forward'}, us: {took}", flush=True)
+    show_kernels(programs["kernel"], jobs["kernel"][1])
+    tune_kernels(x, plan, weights, backward, compiled_in_threads)
 
 
 def main() -> None:

@@ -3,8 +3,12 @@
 Each row is a recipe, tuned on so many tokens with one seed, and its validation perplexity by domain; mixtures are
 routed by their own router. Tuning computes in bf16 with float32 masters, slicing in float32. Slices are cut once a
 recipe, text is tokenised once, programs are compiled once a recipe and batch (the rate of each step is passed in, by
-the product's own schedule), and a router that is tuned before its experts serves all budgets of a seed. Rows that
-results/gpu_quality.json already holds are not run again; it is written after every row, the plot at the end.
+the product's own schedule), and a router that is tuned before its experts serves all budgets of a seed. Several rates
+(`--factors`) are a row each; the plot has the best of a recipe and budget. Rows that the results already hold are not
+run again; they are written after every row, the plot at the end.
+
+Two processes, one a GPU, write results of their own, `--name gpu_quality_0` and `_1`; then
+`--merge gpu_quality_0 gpu_quality_1` adds their rows to gpu_quality.json.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from _arms import ARMS, CORPUS, arm_run
-from _measure import Rows
-from _report import RESULTS
+from _measure import Row, Rows, held, merge
+from _report import RESULTS, show_rows
 
 from readme_jax import config
 from readme_jax.checkpoints.store import Store
@@ -47,13 +51,36 @@ from readme_jax.tuning.step import Step, build_expert_step, learning_rate, round
 
 RECIPES = ("dense", *ARMS)
 TOKENS = (100_000, 1_000_000, 4_000_000, 16_000_000, 64_000_000)
-BATCHES = {100_000: 2, 1_000_000: 8}  # sequences of a step at small budgets; 16 at larger ones
+BATCHES = {100_000: 2, 1_000_000: 8}  # sequences of a step for budgets up to so many tokens; 16 for larger ones
 RATES = {"dense": 2e-4, "dense_slice": 5e-4, "dense_slice_refit": 3e-4, "best": 3e-4, "paper": 5e-5}
 SMALL_RATES = {"dense": 1e-4, "dense_slice": 3e-4, "dense_slice_refit": 2e-4, "best": 1e-4}  # at 100k: lr_search.json
 LONG = 10**9  # steps that a program is built for: its own cosine stays at the start, the rate that it is given
 LENGTH = 1024
 SPEED = {"dense": 380e3, "dense_slice": 450e3, "dense_slice_refit": 450e3, "best": 340e3, "paper": 170e3}  # predicted
-COMPILE, SLICE, EVALUATE = 45.0, 40.0, 8.0  # seconds, predicted
+COMPILE, SLICE, EVALUATE = 45.0, 40.0, 3.0  # seconds, predicted
+SETTINGS = (
+    "Model.compute_dtype = 'bfloat16'",
+    "Model.layout = 'scanned'",
+    "Slice.align = 128",
+)  # scanned: compiles soon
+MAIN = "gpu_quality"
+Wanted = tuple[str, int, int, float]  # recipe, tokens, seed, learning rate
+
+
+def batch_of(tokens: int) -> int:
+    """Sequences of a step."""
+    return next((batch for most, batch in BATCHES.items() if tokens <= most), 16)
+
+
+def rate_of(name: str, tokens: int) -> float:
+    """The learning rate of the expert stage, before `--factors`."""
+    small = SMALL_RATES if tokens <= min(BATCHES) else RATES
+    return small.get(name, RATES[name])
+
+
+def key_of(row: Row) -> Wanted:
+    """What a row is of; an untuned model has no rate."""
+    return row["recipe"], row["tokens"], row["seed"], row.get("lr", 0.0)
 
 
 @dataclass
@@ -166,14 +193,23 @@ def predicted(name: str, tokens: int, fresh: bool, compiled: bool) -> float:
     return tokens / SPEED[name] + EVALUATE + (SLICE if fresh else 0) + (0 if compiled else COMPILE)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean and range over seeds, on logarithmic axes."""
+def at_best_rate(rows: list[Row]) -> list[Row]:
+    """Of one recipe and budget the rows of the rate whose mean over seeds is lowest."""
+    by_rate: dict[float, list[Row]] = {}
+    for row in rows:
+        by_rate.setdefault(row["lr"], []).append(row)
+    return min(by_rate.values(), key=lambda found: np.mean([row["geo_mean"] for row in found]))
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Mean and range over seeds at the best rate, on logarithmic axes."""
     figure, axis = plt.subplots(figsize=(7, 4.4))
     for name in RECIPES:
         mine = [r for r in rows if r["recipe"] == name and r["tokens"] > 0]
         sizes = sorted({r["tokens"] for r in mine})
         if sizes:
-            found = [[r["geo_mean"] for r in mine if r["tokens"] == size] for size in sizes]
+            best = [at_best_rate([r for r in mine if r["tokens"] == size]) for size in sizes]
+            found = [[r["geo_mean"] for r in at] for at in best]
             (line,) = axis.plot(sizes, [float(np.mean(f)) for f in found], "o-", label=name)
             axis.fill_between(
                 sizes, [min(f) for f in found], [max(f) for f in found], color=line.get_color(), alpha=0.2
@@ -188,8 +224,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Run what fits into the time and write results/gpu_quality.json and its plot."""
+def arguments() -> argparse.Namespace:
+    """What the script is told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--recipes", nargs="+", default=["best", "dense_slice_refit", "dense", "dense_slice", "paper"], choices=RECIPES
@@ -197,49 +233,70 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=8, help="after which no row is begun")
-    parser.add_argument("--lr", type=float, help="of the expert stage, in place of the recipe's")
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="of the learning rate, a row each")
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all recipes")
-    parser.add_argument("--name", default="gpu_quality", help="of the results, where not the main ones")
+    parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
+    parser.add_argument("--merge", nargs="+", metavar="NAME", help="add the rows of these results to the main ones")
     parser.add_argument("--plan", action="store_true", help="print the predicted seconds of each row and stop")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def rows_wanted(args: argparse.Namespace) -> list[Wanted]:
+    """What is asked for and not yet measured, each recipe's default rates first."""
+    done = {key_of(row) for name in {MAIN, args.name} for row in held(name)}
+    asked = [
+        (name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"))
+        for name in args.recipes
+        for factor in args.factors
+        for seed in args.seeds
+        for tokens in args.tokens
+    ]
+    return [each for each in asked if each not in done]
+
+
+def main() -> None:
+    """Run what fits into the time and write results/gpu_quality.json and its plot."""
+    args = arguments()
+    if args.merge:
+        rows = merge(MAIN, args.merge, key_of)
+        show_rows("perplexity", [{k: v for k, v in row.items() if k != "domains"} for row in rows])
+        return plot(rows, RESULTS / f"{MAIN}.png")
     began = time.perf_counter()
-    results = Rows(args.name, resume=True)
-    done = {(r["recipe"], r["tokens"], r["seed"]) for r in results.rows}
-    wanted = [(n, t, seed) for n in args.recipes for seed in args.seeds for t in args.tokens]
-    wanted = [each for each in wanted if each not in done]
+    results, wanted = Rows(args.name, resume=True), rows_wanted(args)
     table(wanted)
     if args.plan or not wanted:
-        return
+        return None
+    output = Path("runs") / args.name
     mesh = make_mesh(config.Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        bind = ["Model.compute_dtype = 'bfloat16'", "Slice.align = 128", *args.gin_param]
-        base = arm_run("best", args.data, Path("runs/quality"), bind)
-        s = prepare(base, Path("runs/quality"), mesh, Store(Path("runs/quality/checkpoints")), time.monotonic())
+        bind = [*SETTINGS, *args.gin_param]
+        base = arm_run("best", args.data, output, bind)
+        s = prepare(base, output, mesh, Store(output / "checkpoints"), time.monotonic())
         print(f"text and model after {time.perf_counter() - began:.0f} s", flush=True)
         for name in args.recipes:
             mine = [each for each in wanted if each[0] == name]
-            run = base if name == "dense" else arm_run(name, args.data, Path("runs/quality"), bind)
+            run = base if name == "dense" else arm_run(name, args.data, output, bind)
             if mine and time.perf_counter() - began + SLICE < 60 * args.minutes:
                 rows_of(results, replace(s, run=run), name, mine, args, began)
     plot(results.rows, RESULTS / f"{args.name}.png")
+    return None
 
 
-def rows_of(results: Rows, s: Setting, name: str, wanted: list[tuple[str, int, int]], args: Any, began: float) -> None:
+def rows_of(results: Rows, s: Setting, name: str, wanted: list[Wanted], args: Any, began: float) -> None:
     """The rows of one recipe."""
     arm = cut(s, name, s.run, calibration_text(s) if name != "dense" else {})
-    if not any(r["recipe"] == name and r["tokens"] == 0 for r in results.rows):
+    if not any(r["recipe"] == name and r["tokens"] == 0 for r in [*results.rows, *held(MAIN)]):
         routes = DomainRoutes(arm.domains)
         channels = None if arm.parts is None else arm.parts.channels
         start_ = arm.evaluator.domains(arm.backbone, s.validation, None if arm.parts is None else routes, channels)
         add(results, name, 0, 0, perplexities(start_), 0.0)
-    for _, tokens, seed in wanted:
-        batch = BATCHES.get(tokens, 16)
+    for _, tokens, seed, lr in wanted:
+        batch = batch_of(tokens)
         expected = predicted(name, tokens, False, ("experts", batch) in arm.steps)
         if time.perf_counter() - began + expected > 60 * args.minutes:
             print(f"{name} {tokens} seed {seed}: {expected:.0f} s do not fit into what is left", flush=True)
             continue
-        lr = args.lr or (SMALL_RATES if tokens <= 100_000 else RATES).get(name, RATES[name])
         at = time.perf_counter()
         backbone, router, spent = Trainer(s, arm, s.corpus, seed).tune(tokens, batch, lr)
         found = evaluate(s, arm, backbone, router)
@@ -254,15 +311,15 @@ def add(
     results.add(**about, seconds=seconds, domains=domains, **more)
 
 
-def table(wanted: list[tuple[str, int, int]]) -> None:
+def table(wanted: list[Wanted]) -> None:
     """Predicted seconds of each row, and in all."""
     total, seen = 0.0, set[Any]()
-    for name, tokens, seed in wanted:
-        batch = BATCHES.get(tokens, 16)
+    for name, tokens, seed, lr in wanted:
+        batch = batch_of(tokens)
         seconds = predicted(name, tokens, name not in seen and name != "dense", (name, batch) in seen)
         seen |= {name, (name, batch)}
         total += seconds
-        print(f"{name:18} {tokens:>11,} seed {seed}  {seconds:5.0f} s, {total / 60:5.1f} min in all", flush=True)
+        print(f"{name:18} {tokens:>11,} seed {seed} lr {lr:g}  {seconds:5.0f} s, {total / 60:5.1f} min in all")
 
 
 if __name__ == "__main__":

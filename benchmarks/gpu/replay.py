@@ -4,7 +4,9 @@ A mixture of Llama-2-7B's shape with random weights and scripted routes (`_model
 stream of real text's routes by a tuned router, `label` or `eq4` (results/routes.npz). Arrivals and lengths are a window
 of a trace, stretched in time to a share (`--load`) of the rate that decode-first with everything resident serves of a
 full queue here; prompts are cut to what a row holds. Rows are batching.json's, with how long a run's steps took over
-the larger of compute (by costs measured here) and transfer. Writes results/gpu_replay.json after every run.
+the larger of compute (by costs measured here) and transfer. Results are written after every run. Two processes, one a
+GPU, write results of their own, `--name gpu_replay_0` and `_1`; `--merge gpu_replay_0 gpu_replay_1` adds their rows to
+gpu_replay.json.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from _measure import Rows, arrival_rate
+from _measure import Rows, arrival_rate, merge
 from _model import EXPERTS, script, shape
 from _served import Served
 
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import _engine
 from _engine import SCHEDULERS, Ask
 from _replay import ROUTERS, TRACES
-from _report import RESULTS
+from _report import RESULTS, show_rows
 
 from readme_jax import config
 from readme_jax.parallel.mesh import make_mesh
@@ -33,6 +35,8 @@ from readme_jax.serving.buckets import Limits
 from readme_jax.serving.loop import Logged
 from readme_jax.serving.traffic import Arrival, load_streams, load_trace
 
+MAIN = "gpu_replay"
+ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "rate", "requests")  # what a row is of
 FULL = 48  # requests of the queue that the rate is measured with
 
 
@@ -141,10 +145,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
+    parser.add_argument("--merge", nargs="+", metavar="NAME", help="add the rows of these results to the main ones")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script without a GPU")
     args = parser.parse_args()
+    if args.merge:
+        show_rows("replay", merge(MAIN, args.merge, lambda row: tuple(row[name] for name in ABOUT)))
+        return
     args.chunks, began = tuple(args.chunks), time.perf_counter()
-    results = Rows("gpu_replay", layers=args.layers, window_seconds=args.seconds, rows_of_cache=args.rows)
+    results = Rows(args.name, layers=args.layers, window_seconds=args.seconds, rows_of_cache=args.rows)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         for router in args.routers:
             replay(results, args, router, began)

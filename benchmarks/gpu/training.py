@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from _measure import Rows, compiled, matmul_rate, random_weights
 from _profile import device_seconds, scopes
 
 from readme_jax.checkpoints.known import shape_of
-from readme_jax.config import ExpertStage, Layout, Mesh, MixtureConfig, Model, Tuning
+from readme_jax.config import ExpertStage, Layout, Mesh, MixtureConfig, Model, ModelConfig, Tuning
 from readme_jax.models.runtime import runtime_for
 from readme_jax.models.sizes import TRAINING, forward_flops
 from readme_jax.parallel.mesh import make_mesh, put_batch
@@ -38,16 +39,16 @@ PEAK = np.float32(1e-4)
 class Case:
     """A compiled expert step of random weights and one batch."""
 
-    def __init__(self, name: str, layout: Layout, batch: int, length: int, mesh: Any) -> None:
+    def __init__(self, c: ModelConfig, name: str, layout: Layout, batch: int, length: int, mesh: Any) -> None:
         mixture, runtime = CASES[name], runtime_for(Model(compute_dtype="bfloat16", layout=layout))
         with jax.set_mesh(mesh):
-            step = build_expert_step(SMOLLM2, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
+            step = build_expert_step(c, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
             self.frozen: dict[str, Any] = {}
             if mixture is not None:
-                layers = ["layers"] if layout == "scanned" else [f"layers_{i}" for i in range(SMOLLM2.num_layers)]
+                layers = ["layers"] if layout == "scanned" else [f"layers_{i}" for i in range(c.num_layers)]
                 self.frozen["channels"] = {layer: {} for layer in layers}
                 self.frozen["routes"] = DomainRoutes(mixture.num_experts)
-            tokens = np.random.default_rng(0).integers(0, SMOLLM2.vocab_size, (batch, length), dtype=np.int32)
+            tokens = np.random.default_rng(0).integers(0, c.vocab_size, (batch, length), dtype=np.int32)
             domain = (np.arange(batch) % (mixture.num_experts if mixture else 1)).astype(np.int32)
             self.batch = put_batch({"tokens": tokens, "domain": domain}, mesh)
             arguments = (step.abstract, self.batch, self.frozen, PEAK)
@@ -85,9 +86,9 @@ def profile(results: Rows, about: Mapping[str, Any], case: Case, steps: int = 3)
 
 def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespace, mesh: Any) -> None:
     """A row a case, all of one layout."""
-    base = 0.0
+    base, c = 0.0, replace(SMOLLM2, num_layers=args.layers)
     with ThreadPoolExecutor(len(args.cases)) as pool:
-        cases = list(pool.map(lambda name: Case(name, layout, args.batch, args.length, mesh), args.cases))
+        cases = list(pool.map(lambda name: Case(c, name, layout, args.batch, args.length, mesh), args.cases))
     with jax.set_mesh(mesh):
         for name, case in zip(args.cases, cases, strict=True):
             case.start()
@@ -95,7 +96,7 @@ def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespa
             speed = args.batch * args.length / took
             base = speed if name == "dense_slice" else base
             width = mixture.expert if mixture else SMOLLM2.ffn_dim
-            mfu = speed * TRAINING * forward_flops(SMOLLM2, width, args.length) / results.about["matmul_rate"]
+            mfu = speed * TRAINING * forward_flops(c, width, args.length) / results.about["matmul_rate"]
             ratio = {"ratio": speed / base} if base else {}
             temp = case.program.memory_analysis().temp_size_in_bytes / 2**30
             about = {"layout": layout, "case": name}
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=SMOLLM2.num_layers, help="fewer for a quick look")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     results = Rows("gpu_training", batch=args.batch, length=args.length)
