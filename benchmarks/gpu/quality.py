@@ -14,6 +14,7 @@ Two processes, one a GPU, write results of their own, `--name gpu_quality_0` and
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from _arms import ARMS, CORPUS, arm_run
 from _measure import Row, Rows, held, merge
 from _report import RESULTS, show_rows
