@@ -10,7 +10,8 @@ batch.
   static  knows the segments' sizes when it is compiled, and runs each as a dense matmul
   ragged  `jax.lax.ragged_dot` over stacked weights;  mosaic  JAX's own example kernel of it for Hopper, forward
 
-`--tune` measures each kernel of a pass alone over tiles instead, best first.
+Before anything is timed, the kernels' values and gradients are checked on this GPU. `--tune` measures each kernel of a
+pass alone over tiles instead, best first.
 """
 
 from __future__ import annotations
@@ -144,6 +145,39 @@ def measure(results: Rows, args: argparse.Namespace, rows: int, weights: list[Ex
         )
 
 
+def check(results: Rows) -> None:
+    """Values and gradients of the kernels, compiled, against every expert over all rows in float32; errors are shares
+    of the largest entry. Raises SystemExit where they are more than rounding."""
+    for width, own, dtype, most in ((576, 768, "float32", 1e-4), (4096, 5504, "bfloat16", 0.03)):
+        keys = iter(jax.random.split(jax.random.key(1), 3 * EXPERTS + 2))
+        shapes = [(own, width), (own, width), (width, own)]
+        weights = [
+            Expert(*(jax.random.normal(next(keys), s, dtype) / s[1] ** 0.5 for s in shapes)) for _ in range(EXPERTS)
+        ]
+        x, direction = (jax.random.normal(next(keys), (1000, width), dtype) for _ in range(2))
+        routes = np.random.default_rng(0).integers(1, EXPERTS, (1000, 1))  # the first expert has no rows
+        plan = plan_routes(jnp.asarray(routes, jnp.int32), EXPERTS)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def both(backend: Backend, x: Array, weights: list[Expert], direction: Array, plan: Any = plan) -> Any:
+            y, pull = jax.vjp(lambda x, w: grouped_ffn(x, plan, w, backend), x, weights)
+            return [y], pull(direction)
+
+        exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights, direction))
+        with jax.default_matmul_precision("highest"):
+            want = both("masked", *exact)
+        errors = [
+            max(
+                float(jnp.abs(a - b).max() / jnp.abs(b).max())
+                for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
+            )
+            for mine, theirs in zip(both("kernel", x, weights, direction), want, strict=True)
+        ]
+        results.add(case="agrees", width=width, own=own, dtype=dtype, value=errors[0], gradient=errors[1])
+        if not max(errors) < most:
+            raise SystemExit(f"the kernels are wrong: {errors}, at most {most} expected")
+
+
 def tune(rows: int, weights: list[Expert], backward: bool) -> None:
     """Kernels of a pass in the model, and each alone over candidate tiles, all experts present."""
     x = jax.random.normal(jax.random.key(rows), (rows, weights[0].gate.shape[1]), jnp.bfloat16)
@@ -182,6 +216,7 @@ def main() -> None:
 
     weights = [Expert(matrix(own, width), matrix(own, width), matrix(width, own)) for _ in range(EXPERTS)]
     results = Rows("gpu_grouped")
+    check(results)
     if not args.tune:
         results.tell(copy_bandwidth=copy_bandwidth(), matmul_rate=matmul_rate())
     for rows, each in itertools.product(args.rows, args.passes):

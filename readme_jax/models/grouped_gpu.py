@@ -191,17 +191,23 @@ class _Columns(NamedTuple):
     first: Any
     tile: int
     size: int
+    span: int  # columns of a program's tiles side by side
 
     @property
     def here(self) -> Any:
         return pl.ds(self.first, self.tile)
 
     def mask(self, shape: tuple[int, ...], axis: int) -> Array | None:
-        """Which of a tile's entries exist; None: all."""
-        if self.size % self.tile == 0:
+        """Which of a tile's entries exist; None: all. A last program's second tile may lie past the end as a whole."""
+        if self.size % self.span == 0:
             return None
         real = self.first + jnp.arange(self.tile) < self.size
         return jax.lax.broadcast_in_dim(real, shape, (axis,))
+
+
+def _side_by_side(j: Any, tile: int, parts: int, size: int) -> list[_Columns]:
+    """The column tiles of program j."""
+    return [_Columns((j * parts + p) * tile, tile, size, tile * parts) for p in range(parts)]
 
 
 def _of(pairs: Array, each: int) -> Array:
@@ -306,7 +312,7 @@ def _rows_kernel(
     beside, outs = refs[len(pairs) + products * experts : -outputs], refs[-outputs:]
     i, j = _place(expert_ref.shape[0], tiles.group)
     own = pl.ds(i * tiles.rows, tiles.rows)
-    here = [_Columns((j * parts + p) * tiles.columns, tiles.columns, columns) for p in range(parts)]
+    here = _side_by_side(j, tiles.columns, parts, columns)
     real = real_ref[own]
     at = [own if of == 0 else _of(pairs_ref[own], of) for of in pairs]
 
@@ -415,8 +421,8 @@ def _outer_kernel(
     """One tile of one expert's gradient."""
     i, j, e = (pl.program_id(axis) for axis in range(3))
     begin = first_ref[e] * block
-    down = _Columns(i * tile[0], tile[0], shape[0])
-    here = [_Columns((j * parts + p) * tile[1], tile[1], shape[1]) for p in range(parts)]
+    down = _Columns(i * tile[0], tile[0], shape[0], tile[0])
+    here = _side_by_side(j, tile[1], parts, shape[1])
 
     def read(ref: Any, k: Array, part: _Columns) -> Array:
         return _read(ref, pl.ds(begin + k * depth, depth), part.here, part.mask((depth, part.tile), 1))

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from readme_jax.models.grouped_gpu import Tiles, grouped_swiglu
+from readme_jax.models.grouped_gpu import Tiles, _side_by_side, _tile, grouped_swiglu
 from readme_jax.models.segments import Expert, grouped_ffn, plan_routes
 
 TILES = Tiles(rows=64, columns=32, depth=32, group=2)
@@ -20,8 +22,15 @@ TILES = Tiles(rows=64, columns=32, depth=32, group=2)
         (100, 2, 4, (0, 1, 2, 3), 64, 32),
         (64, 1, 2, (1,), 32, 64),
         (90, 1, 2, (0, 1), 72, 88),
+        (90, 1, 2, (0, 1), 288, 288),
     ],
-    ids=["an expert without rows", "two a token", "one full block", "widths that tiles do not divide"],
+    ids=[
+        "an expert without rows",
+        "two a token",
+        "one full block",
+        "widths that tiles do not divide",
+        "a tile past the end",
+    ],
 )
 def test_value_and_gradients(tokens, top_k, experts, used, width, own):
     rng = np.random.default_rng(0)
@@ -42,6 +51,22 @@ def test_value_and_gradients(tokens, top_k, experts, used, width, own):
     np.testing.assert_allclose(y, want, atol=1e-5 * float(jnp.abs(want).max()))
     for a, b in zip(jax.tree.leaves(pull(direction)), jax.tree.leaves(pull_want(direction)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@settings(deadline=None)
+@example(576, 64, 2)  # SmolLM2's width in float32
+@example(5504, 128, 2)  # half of Llama-2-7B's feed-forward width
+@given(st.integers(1, 8192), st.sampled_from([32, 64, 128, 256]), st.sampled_from([1, 2]))
+def test_tiles_cover_each_column_once_and_reach_no_other(size, most, side):
+    """Interpreted, a read or write past an array's end is moved inside, where it does no harm; on a GPU it is not."""
+    tile, parts = _tile(size, most, side)
+    seen = np.zeros(size, int)
+    for j in range(-(-size // (tile * parts))):
+        for columns in _side_by_side(j, tile, parts, size):
+            mask = columns.mask((tile,), 0)
+            here = columns.first + np.arange(tile)
+            np.add.at(seen, here if mask is None else here[np.asarray(mask)], 1)  # an index past the end is an error
+    assert (seen == 1).all()
 
 
 def test_pairs_that_sizes_do_not_cover_add_nothing():
