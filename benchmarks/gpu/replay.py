@@ -37,6 +37,7 @@ from readme_jax.serving.traffic import Arrival, load_streams, load_trace
 
 MAIN = "gpu_replay"
 ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "rate", "requests")  # what a row is of
+SHOWN = ("mean", "p95", "p99_ttft", "loads", "over_limit", "throughput")
 FULL = 48  # requests of the queue that the rate is measured with
 
 
@@ -150,7 +151,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script without a GPU")
     args = parser.parse_args()
     if args.merge:
-        show_rows("replay", merge(MAIN, args.merge, lambda row: tuple(row[name] for name in ABOUT)))
+        rows = merge(MAIN, args.merge, lambda row: tuple(row[name] for name in ABOUT))
+        show_rows("replay", [{name: row[name] for name in (*ABOUT, *SHOWN)} for row in rows])
         return
     args.chunks, began = tuple(args.chunks), time.perf_counter()
     results = Rows(args.name, layers=args.layers, window_seconds=args.seconds, rows_of_cache=args.rows)
