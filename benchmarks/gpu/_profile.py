@@ -16,23 +16,45 @@ from typing import Any
 
 import jax
 
-_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?)op_name="([^"]*)"(.*)$', re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
+_PATH = re.compile(r'op_name="([^"]*)"')
+_OPERANDS = re.compile(r"\s[a-z][\w\-]*\(([^()]*)\)")
 _KERNEL = re.compile(r'name = \\?"(\w+)\\?"')  # of a Pallas kernel, in its call's configuration
 
 
 def scopes(program: Any, names: Sequence[str]) -> dict[str, Counter[str]]:
     """For each instruction of a compiled program, and for each of its Pallas kernels, the innermost of `names` that it
-    was written under (else `rest`), and how often: equal kernels of several instructions are one."""
+    was written under (else `rest`), and how often: equal kernels of several instructions are one. What a pass of the
+    compiler made, and no line of the source names, has the scope of its first operand that has one."""
+    texts = dict(_INSTRUCTION.findall(program.as_text()))
+    known: dict[str, tuple[str | None, str]] = {}
     found: dict[str, Counter[str]] = {}
-    for instruction, before, path, after in _INSTRUCTION.findall(program.as_text()):
-        inside = [part for part in re.split(r"[/()]", path) if part in names]
-        scope = inside[-1] if inside else "rest"
+    for instruction, text in texts.items():
+        scope, path = _scope(instruction, texts, names, known)
+        if scope is None:
+            continue
         own = [instruction]
+        before, _, after = text.partition(f'op_name="{path}"')
         if "triton" in before:  # such a kernel has its own name, not its instruction's
             own += _KERNEL.findall(after)[:1] or path.removesuffix("/pallas_call").split("/")[-1:]
         for name in own:
             found.setdefault(_plain(name), Counter())[scope] += 1
     return found
+
+
+def _scope(
+    instruction: str, texts: Mapping[str, str], names: Sequence[str], known: dict[str, tuple[str | None, str]]
+) -> tuple[str | None, str]:
+    """The scope of an instruction, None where nothing tells it, and its own path; `known` remembers."""
+    if instruction not in known:
+        text, known[instruction] = texts.get(instruction, ""), (None, "")
+        if path := _PATH.search(text):
+            inside = [part for part in re.split(r"[/()]", path[1]) if part in names]
+            known[instruction] = (inside[-1] if inside else "rest"), path[1]
+        elif operands := _OPERANDS.search(text):
+            scopes_ = (_scope(each, texts, names, known)[0] for each in re.findall(r"%([\w.\-]+)", operands[1]))
+            known[instruction] = next((scope for scope in scopes_ if scope in names), None), ""
+    return known[instruction]
 
 
 def _plain(name: str) -> str:
