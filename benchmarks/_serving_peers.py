@@ -67,7 +67,7 @@ class Served:
 
         from readme_jax.serving.sampling import Samplings
 
-        put = self.programs.device
+        put = self.programs.spread.sharding()
         position = jax.device_put(np.full(BATCH, CONTEXT, np.int32), put)
         self.state = replace(self.state, position=position)
         times, read, work = [], [], []

@@ -41,7 +41,8 @@ COMPARED = 3  # batches whose bytes are compared
 def main() -> None:
     args = arguments()
     if args.read:
-        read(opened(args.data, args.cache), *args.read, args.seconds)
+        process, processes = args.read
+        read(opened(args.data, args.cache), process, processes, args.seconds)
         return
     with tempfile.TemporaryDirectory() as folder:
         corpus = opened(args.data, folder)
@@ -68,7 +69,9 @@ def arguments() -> argparse.Namespace:
 def opened(data: str, cache: str) -> Corpus:
     """The corpus in sequences of 4096 tokens."""
     settings = Data(folder=data, sequence_length=LENGTH, mixture="natural")
-    return open_corpus(settings, GGUF(locate(EMBEDDED)).tokenizer(), Path(cache))
+    tokenizer = GGUF(locate(EMBEDDED)).tokenizer()
+    assert tokenizer is not None
+    return open_corpus(settings, tokenizer, Path(cache))
 
 
 def tokenise(corpus: Corpus) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import io
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from _report import write_results
 from rich.console import Console
@@ -41,7 +41,8 @@ def main(name: str, *places: str) -> None:
     rows: list[dict[str, Any]] = []
     for place in places:
         where, sizes = place.split("=")
-        *axes, remat = [*sizes.split(","), run.model.remat][:5]
+        *axes, policy = [*sizes.split(","), run.model.remat][:5]
+        remat = cast(config.Remat, policy)  # which `Model` checks
         mesh = config.Mesh(*(int(n) for n in axes))
         this = replace(run, model=replace(run.model, remat=remat))
         try:

@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, nargs="+", default=[Path("runs/table5/best"), Path("runs/table5/eq4")])
     args = parser.parse_args()
-    streams, rows = {}, []
+    streams: dict[str, Any] = {}
+    rows = []
     with jax.set_mesh(make_mesh(config.Mesh())):
         for folder in args.run:
             for domain, experts in routes_of(folder).items():

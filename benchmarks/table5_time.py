@@ -39,7 +39,8 @@ class Clock:
     """Rows of one arm."""
 
     def __init__(self, arm: str) -> None:
-        self.arm, self.rows = arm, []
+        self.arm = arm
+        self.rows: list[dict[str, Any]] = []
 
     def note(self, part: str, seconds: float, measured: float) -> None:
         """A part's seconds in full, and those that were run."""
