@@ -1,7 +1,8 @@
 """What each peer of `serving_cpu.py` is timed on, a process each: `python benchmarks/_serving_peers.py PEER FOLDER`.
 
 Prints one JSON line: seconds of each case, and for ours the limits that the machine sets. SmolLM2, fp32, caches of 200
-tokens when decoding. Decode cases are medians over STEPS steps.
+tokens when decoding. Decode cases are medians over STEPS steps. Ours runs the batches of one expert in every size of
+ROWS, which our own dense model runs too.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from readme_jax.serving.store import ExpertStore
+
 BATCH, PROMPT, CONTEXT, STEPS = 16, 1024, 200, 24
+ROWS = (1, 2, 4, 8, BATCH, 32)  # of batches of one expert
 MIXED = (2, 4, 7)  # experts present in batches made of them
 HERE = Path(__file__).parent
 
@@ -45,15 +50,15 @@ def real_routes(experts: int) -> np.ndarray:
 
 
 class Served:
-    """Our programs over a model, all experts resident."""
+    """Our programs over a model, all experts resident, and a cache of `rows` rows. Each is compiled when it is run."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, store: ExpertStore, rows: int = BATCH) -> None:
         from readme_jax.serving.buckets import Limits
         from readme_jax.serving.programs import Programs
-        from readme_jax.serving.store import ExpertStore
 
-        self.store = ExpertStore(model)
-        limits = Limits(BATCH, PROMPT + 256, chunks=(PROMPT,), decode=(1, BATCH), stretches=(256, PROMPT + 256))
+        self.store, self.rows = store, rows
+        sizes = tuple(n for n in ROWS if n <= rows)
+        limits = Limits(rows, PROMPT + 256, chunks=(PROMPT,), decode=sizes, stretches=(256, PROMPT + 256))
         self.programs = Programs(model, self.store, limits)
         self.state = self.programs.new_state()
         self.kx = self.programs.shape.top_k
@@ -68,7 +73,7 @@ class Served:
         from readme_jax.serving.sampling import Samplings
 
         put = self.programs.spread.sharding()
-        position = jax.device_put(np.full(BATCH, CONTEXT, np.int32), put)
+        position = jax.device_put(np.full(self.rows, CONTEXT, np.int32), put)
         self.state = replace(self.state, position=position)
         times, read, work = [], [], []
         weights = self.programs.weights
@@ -78,7 +83,7 @@ class Served:
         for i in range(STEPS + 2):
             experts: tuple[int, ...] = ()
             if routes is not None:
-                now = np.zeros((BATCH, 1), np.int32)
+                now = np.zeros((self.rows, 1), np.int32)
                 now[:rows, 0] = routes[i]
                 experts = tuple(np.unique(routes[i]).tolist())
                 self.state = replace(self.state, experts=jax.device_put(now, put))
@@ -131,13 +136,18 @@ def limits_of_machine() -> dict[str, float]:
 
 def ours(folder: Path) -> dict[str, Any]:
     from readme_jax.checkpoints.mixture import load_mixture
+    from readme_jax.serving.store import ExpertStore
 
     model = load_mixture(folder / "mixture")
-    served, experts = Served(model), model.mixture.num_experts
-    one = np.zeros((STEPS + 2, BATCH), np.int32)
-    cases = {"decode_b1": served.decode(1, one[:, :1]), "decode_b16_one": served.decode(BATCH, one)}
+    store, experts = ExpertStore(model), model.mixture.num_experts
+    served = Served(model, store)
+    cases = {}
+    for rows in ROWS:
+        here = served if rows <= BATCH else Served(model, store, rows)
+        name = "decode_b1" if rows == 1 else f"decode_b{rows}_one"
+        cases[name] = here.decode(rows, np.zeros((STEPS + 2, rows), np.int32))
     for present in MIXED:
-        even = np.broadcast_to(np.arange(BATCH) * present // BATCH, one.shape)
+        even = np.broadcast_to(np.arange(BATCH) * present // BATCH, (STEPS + 2, BATCH))
         cases[f"decode_b16_of_{present}"] = served.decode(BATCH, even)
     cases["decode_b16_mixed"] = served.decode(BATCH, real_routes(experts))
     seconds = {name: figures[0] for name, figures in cases.items()} | {"prefill_1024": served.prefill()}
@@ -148,11 +158,15 @@ def ours(folder: Path) -> dict[str, Any]:
 
 def own_dense(folder: Path) -> dict[str, Any]:
     from readme_jax.checkpoints.hf import load_dense
+    from readme_jax.serving.store import ExpertStore
 
-    served = Served(load_dense(str(folder / "dense")))
-    b16 = served.decode(BATCH, None)[0]
-    seconds = {"decode_b1": served.decode(1, None)[0], "decode_b16": b16, "prefill_1024": served.prefill()}
-    return {"seconds": seconds}
+    model = load_dense(str(folder / "dense"))
+    store = ExpertStore(model)
+    served, seconds = Served(model, store), {}
+    for rows in ROWS:
+        here = served if rows <= BATCH else Served(model, store, rows)
+        seconds[f"decode_b{rows}"] = here.decode(rows, None)[0]
+    return {"seconds": seconds | {"prefill_1024": served.prefill()}}
 
 
 def transformers(folder: Path) -> dict[str, Any]:
