@@ -2,7 +2,8 @@
 
 Time is scaled: the trace is stretched to a share of the rate that decode-first with everything resident serves of a
 full queue here. Prompts and answers are cut so that a run takes seconds. After each run the simulation is fed the
-engine's log and must make every decision again.
+engine's log and must make every decision again. Figure 6 is decode-first on a full queue, at capacity 2 to 5; a model
+of five experts has all of them resident at 5, where only dispatching ahead is left to compare.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 from _replay import SHARED, STAGING, trace
 
@@ -81,8 +83,7 @@ class Server:
 
 
 def engine_rows(checkpoint: str, count: int, seed: int) -> tuple[list[dict], list[dict], dict[str, Any]]:
-    """Rows of replay_engine.json: schedulers with everything resident and with 3 slots; loads ahead or on demand at
-    capacity 2 and more, with decode-first; and what was served."""
+    """Rows of replay_engine.json: schedulers with everything resident and with 3 slots; Figure 6; what was served."""
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         model = load_mixture(Path(checkpoint))
     server, experts = Server(model), model.mixture.num_experts
@@ -98,13 +99,30 @@ def engine_rows(checkpoint: str, count: int, seed: int) -> tuple[list[dict], lis
             held = {"resident": "slots" if slots else "all", "capacity": slots or experts, "budget": BUDGET}
             rows.append({**about, **held, **found})
     fig6 = []
-    for capacity in range(2, min(experts, 6)):
-        for ahead in (True, False):
-            found = run(server, asks, settings_of("decode_first", capacity, ahead), 0.0)
+    for capacity in range(2, min(experts, 5) + 1):
+        for prefetch in (True, False):
+            found = run(server, asks, settings_of("decode_first", capacity, prefetch), 0.0)
             names = ("mean", "p95", "seconds", "hit_ratio", "loads", "foreseen", "late", "agrees")
-            fig6.append({"capacity": capacity, "prefetch": ahead, **{n: found[n] for n in names}})
+            about = {"capacity": capacity, "resident": "all" if capacity == experts else "slots", "prefetch": prefetch}
+            fig6.append({**about, **{n: found[n] for n in names}})
     about = {"model": {"experts": experts, "layers": model.config.num_layers, "width": model.config.embed_dim}}
     return rows, fig6, {**about, "requests": count, "rows_of_cache": ROWS, "staging": STAGING}
+
+
+def plot(fig6: list[dict[str, Any]], path: Path) -> None:
+    """Seconds a token against capacity, loads ahead or on demand."""
+    figure, axis = plt.subplots(figsize=(4.4, 3.4))
+    for prefetch, colour, label in ((False, "#b45309", "on demand"), (True, "#0f766e", "prefetch")):
+        rows = [r for r in fig6 if r["prefetch"] is prefetch]
+        axis.plot([r["capacity"] for r in rows], [r["mean"] for r in rows], "o-", color=colour, label=label)
+    axis.set_xticks(sorted({r["capacity"] for r in fig6}))
+    axis.set_xlabel("experts resident")
+    axis.set_ylabel("seconds a token, mean")
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def settings_of(scheduler: Policy, slots: int, prefetch: bool = True) -> config.Serving:
@@ -176,7 +194,7 @@ def run(server: Serves, asks: list[Ask], settings: config.Serving, stretch: floa
         "p99_ttft": float(np.percentile(waits, 99)),
         "seconds": seconds,
         "steps": len(masks),
-        "hit_ratio": stats.hits / max(stats.hits + stats.misses, 1) if settings.slots else 1.0,
+        "hit_ratio": 1.0 if engine._caller.residency.cache is None else stats.hits / (stats.hits + stats.misses),
         "loads": stats.loads,
         "foreseen": stats.foreseen,
         "late": stats.late,

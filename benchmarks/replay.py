@@ -70,6 +70,7 @@ def engine(name: str, args: argparse.Namespace) -> None:
     show_rows("Real engine", rows)
     show_rows("Loads ahead or on demand", fig6)
     write_results(name, **about, seed=args.seed, rows=rows, prefetch=fig6)
+    _engine.plot(fig6, RESULTS / f"{name}.png")
 
 
 def main() -> None:
