@@ -40,6 +40,10 @@ from readme_jax.serving.traffic import Request as Simulated
 ROWS, LENGTH, CHUNK, BUDGET = 8, 256, 64, 64
 LONGEST_PROMPT, LONGEST_ANSWER = 160, 32
 LOAD = 0.7
+SHOWN = (
+    "scheduler", "capacity", "unique_experts", "mean", "p95", "p99_ttft", "seconds", "hit_ratio", "loads", "late",
+    "missing", "agrees",
+)  # fmt: skip
 SCHEDULERS: tuple[Policy, ...] = ("decode_first", "prefill_first", "algorithm1", "lookahead")
 
 
@@ -118,7 +122,7 @@ def plot(fig6: list[dict[str, Any]], path: Path) -> None:
     axis.set_xticks(sorted({r["capacity"] for r in fig6}))
     axis.set_xlabel("experts resident")
     axis.set_ylabel("seconds a token, mean")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * max(r["mean"] for r in fig6))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     figure.tight_layout()

@@ -67,7 +67,7 @@ def devices(base: Case, name: str, about: dict[str, Any], capacity: int, process
 def engine(name: str, args: argparse.Namespace) -> None:
     """replay_engine.json: a real engine, and the simulation of its log."""
     rows, fig6, about = _engine.engine_rows(args.checkpoint, args.engine_requests, args.seed)
-    show_rows("Real engine", rows)
+    show_rows("Real engine", [{name: row[name] for name in _engine.SHOWN} for row in rows])
     show_rows("Loads ahead or on demand", fig6)
     write_results(name, **about, seed=args.seed, rows=rows, prefetch=fig6)
     _engine.plot(fig6, RESULTS / f"{name}.png")
