@@ -25,6 +25,7 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _METADATA = re.compile(r"(kernel_metadata=\{)\n[^\n]*\n(\}\})")  # of a kernel: JSON on a line of its own
+_SAME = ("copy", "bitcast", "convert")  # the same number
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -117,36 +118,61 @@ class Program:
             for i in self.computations[name].values():
                 times = counts[name]
                 if i.opcode == "while":
-                    times *= self.trips(name, i) or 1
+                    trips = self.trips(name, i)
+                    times *= 1 if trips is None else trips
                 for called in i.called():
                     counts[called] += times
         return counts
 
     def trips(self, computation: str, loop: Instruction) -> int | None:
-        """How often a loop's body runs, None where data decide: XLA's word, or else the bound in its condition of a
-        counter that starts at zero."""
+        """How often a loop's body runs, None where data decide: XLA's word, or else how many steps take the counter of
+        its condition from where it starts to its bound."""
         found = _TRIPS.search(loop.attributes)
         if found:
             return int(found[1])
         condition = self.computations[loop.called("condition")[0]]
-        root = next(i for i in condition.values() if i.root)
-        if root.opcode == "fusion":  # its operands are the counter and the bound
-            inner = next(i for i in self.computations[root.called("calls")[0]].values() if i.root)
-            return self._bound(computation, loop, condition, root.operands) if _less(inner) else None
-        return self._bound(computation, loop, condition, root.operands) if _less(root) else None
+        root = _root(condition)
+        # of a fusion, the operands are the counter and the bound
+        compare = _root(self.computations[root.called("calls")[0]]) if root.opcode == "fusion" else root
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+            return None
+        body, begins = self.computations[loop.called("body")[0]], self.computations[computation]
+        start, first, step, bound = begins.get(loop.operands[0]), None, None, None
+        for i in (condition[o] for o in root.operands):
+            at = _index(i)
+            if at is None:
+                bound = _constant(condition, i.name)
+            elif start is not None and start.opcode == "tuple":
+                value, added = _constant(begins, start.operands[at]), self._added(body, _root(body).operands[at], at)
+                if added == 0:
+                    bound = value
+                else:
+                    first, step = value, added
+        if first is None or bound is None or not step:
+            return None
+        return max(0, -(-(bound - first) // step))
 
-    def _bound(
-        self, computation: str, loop: Instruction, condition: dict[str, Instruction], operands: list[str]
-    ) -> int | None:
-        table = self.computations[computation]
-        start = table.get(loop.operands[0])
-        for i in (condition[o] for o in operands):
-            place = re.search(r"index=(\d+)", i.attributes)
-            if i.opcode == "get-tuple-element" and place and start is not None and start.opcode == "tuple":
-                i = table[start.operands[int(place[1])]]
-            if i.opcode == "constant" and i.number.isdigit() and int(i.number):
-                return int(i.number)
-        return None
+    def _added(self, body: dict[str, Instruction], name: str, at: int) -> int | None:
+        """What a loop's body adds to the entry `at` of what it carries, `name` being that entry's new value; None where
+        it does something else than add constants."""
+        i = body[name]
+        if i.opcode in _SAME:
+            return self._added(body, i.operands[0], at)
+        if i.opcode == "get-tuple-element":
+            return 0 if _index(i) == at and body[i.operands[0]].opcode == "parameter" else None
+        operands, outer = i.operands, body
+        if i.opcode == "fusion":
+            inner = self.computations[i.called("calls")[0]]
+            i = _root(inner)
+            places = {n: operands[int(p.number)] for n, p in inner.items() if p.opcode == "parameter"}
+            outer = body | {n: p for n, p in inner.items() if n not in places}
+            operands = [places.get(o, o) for o in i.operands]
+        if i.opcode != "add":
+            return None
+        constants = [_constant(outer, o) for o in operands]
+        carried = [o for o, c in zip(operands, constants, strict=True) if c is None]
+        before = self._added(body, carried[0], at) if len(carried) == 1 and carried[0] in body else None
+        return None if before is None else before + sum(c for c in constants if c is not None)
 
     def _order(self) -> list[str]:
         """Computations, callers first."""
@@ -177,8 +203,22 @@ class Program:
         return [table[o].shapes[0] for o in i.operands if o in table and table[o].shapes]
 
 
-def _less(i: Instruction) -> bool:
-    return i.opcode == "compare" and "direction=LT" in i.attributes
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(i for i in computation.values() if i.root)
+
+
+def _index(i: Instruction) -> int | None:
+    """Which entry of a tuple it takes, None of anything else."""
+    found = re.search(r"index=(\d+)", i.attributes) if i.opcode == "get-tuple-element" else None
+    return int(found[1]) if found else None
+
+
+def _constant(table: dict[str, Instruction], name: str) -> int | None:
+    i = table.get(name)
+    while i is not None and i.opcode in _SAME:
+        i = table.get(i.operands[0])
+    whole = i is not None and i.opcode == "constant" and re.fullmatch(r"-?\d+", i.number)
+    return int(i.number) if i is not None and whole else None
 
 
 def parse(text: str) -> Program:

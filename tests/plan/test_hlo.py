@@ -52,6 +52,62 @@ def test_recomputation_is_counted_apart():
     assert again.again > 0 and again.once == plain.once
 
 
+LOOP = """HloModule m
+
+%fused (p: s32[], q: s32[]) -> s32[] {{
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %s = s32[] add(%p, %q)
+}}
+
+%body (c: (s32[], s32[])) -> (s32[], s32[]) {{
+  %c = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] get-tuple-element(%c), index=1
+  %one = s32[] constant(1)
+  {next}
+  ROOT %t = (s32[], s32[]) tuple(%j, %n)
+}}
+
+%condition (d: (s32[], s32[])) -> pred[] {{
+  %d = (s32[], s32[]) parameter(0)
+  %k = s32[] get-tuple-element(%d), index=0
+  %m = s32[] get-tuple-element(%d), index=1
+  ROOT %less = pred[] compare(%k, %m), direction=LT
+}}
+
+ENTRY %main (x: s32[]) -> s32[] {{
+  %x = s32[] parameter(0)
+  %start = s32[] constant({start})
+  %copied = s32[] copy(%start)
+  %bound = s32[] constant(10)
+  %both = (s32[], s32[]) tuple(%copied, {bound})
+  %w = (s32[], s32[]) while(%both), condition=%condition, body=%body
+  ROOT %o = s32[] get-tuple-element(%w), index=0
+}}
+"""
+ONE = "%j = s32[] add(%i, %one)"
+TWICE = "%first = s32[] add(%i, %one)\n  %j = s32[] fusion(%first, %one), kind=kLoop, calls=%fused"
+
+
+@pytest.mark.parametrize(
+    "start,step,bound,trips",
+    [
+        (0, ONE, "%bound", 10),
+        (3, ONE, "%bound", 7),
+        (0, TWICE, "%bound", 5),
+        (1, TWICE, "%bound", 5),  # 1, 3, 5, 7, 9
+        (12, ONE, "%bound", 0),
+        (0, ONE, "%x", None),  # data decide
+        (0, "%j = s32[] multiply(%i, %n)", "%bound", None),
+    ],
+)
+def test_a_loop_without_a_known_length_runs_as_often_as_its_counter_steps(start, step, bound, trips):
+    program = hlo.parse(LOOP.format(start=start, next=step, bound=bound))
+    assert program.trips("main", program.computations["main"]["w"]) == trips
+    assert program.unknown == ([] if trips is not None else ["w"])
+
+
 TEXT = """HloModule m
 
 %body (p: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
