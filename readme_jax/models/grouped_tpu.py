@@ -20,12 +20,20 @@ from readme_jax.models.remat import kept
 Array = jax.Array
 
 TILE_ROWS = 256  # few, as tiles at borders between experts are computed twice
-TILE_WIDTH = 1024  # of both other dimensions, in bfloat16
+TILE_WIDTH = 1024  # of both other dimensions, in bfloat16, at most
+LANES = 128  # tiles are as wide as whole rows of them
 
 
-def tiles(rows: int, dtype: Any) -> tuple[int, int]:
-    """Tile of a grouped matmul: rows, and width of both other dimensions (less where a dimension is narrower)."""
-    return min(TILE_ROWS, -(-rows // 16) * 16), TILE_WIDTH * 2 // max(jnp.dtype(dtype).itemsize, 2)
+def tile_rows(rows: int) -> int:
+    """Rows of a grouped matmul's tile."""
+    return min(TILE_ROWS, -(-rows // 16) * 16)
+
+
+def tile_width(size: int, dtype: Any) -> int:
+    """A tile's width along one of the other dimensions, the last of which may pass its end: what passes is computed
+    too, so of widths down to half of the most it is the one that passes least, of equals the widest."""
+    most = TILE_WIDTH * 2 // max(jnp.dtype(dtype).itemsize, 2)
+    return size if size <= most else min(range(most, most // 2 - 1, -LANES), key=lambda width: -size % width)
 
 
 def grouped_swiglu(rows: Array, sizes: Array, gate: Array, up: Array, down: Array, interpret: bool = False) -> Array:
@@ -35,7 +43,7 @@ def grouped_swiglu(rows: Array, sizes: Array, gate: Array, up: Array, down: Arra
     Differentiable in rows and weights. `interpret` runs the kernels anywhere, slowly.
     """
     count = rows.shape[0]
-    x = jnp.pad(rows, ((0, -count % tiles(count, rows.dtype)[0]), (0, 0)))
+    x = jnp.pad(rows, ((0, -count % tile_rows(count)), (0, 0)))
     groups = jnp.append(sizes, x.shape[0] - sizes.sum()).astype(jnp.int32)  # the last group has no weights
     wide, linear = (kept(_multiply(x, w, groups, False, interpret)) for w in (gate, up))
     h = jax.nn.silu(wide) * linear
@@ -53,8 +61,7 @@ def _multiply(x: Array, w: Array, groups: Array, inward: bool, interpret: bool) 
 
 
 def _tile(x: Array, inner: int, outer: int) -> tuple[int, int, int]:
-    rows, width = tiles(x.shape[0], x.dtype)
-    return rows, min(width, inner), min(width, outer)
+    return tile_rows(x.shape[0]), tile_width(inner, x.dtype), tile_width(outer, x.dtype)
 
 
 def _forward(x: Array, w: Array, groups: Array, inward: bool, interpret: bool) -> tuple[Array, tuple[Array, ...]]:

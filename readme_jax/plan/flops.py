@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from readme_jax.models import attention_tpu
-from readme_jax.models.grouped_tpu import tiles
+from readme_jax.models.grouped_tpu import tile_rows, tile_width
 from readme_jax.plan.hlo import Instruction, Program, Shape
 
 
@@ -91,9 +91,9 @@ def _grouped(i: Instruction, operands: list[Shape], rows: Rows) -> float:
         (m, k), n = wide[0].dims, out.dims[1]
     else:
         (k, n), m = out.dims[1:], wide[1].dims[0]
-    height, width = tiles(m, "bfloat16" if wide[0].dtype == "bf16" else "float32")
-    whole = [-(-size // min(width, size)) * min(width, size) for size in (k, n)]
-    return 2.0 * (m * rows.covered + rows.borders * height) * prod(whole)
+    dtype = "bfloat16" if wide[0].dtype == "bf16" else "float32"
+    whole = [size + -size % tile_width(size, dtype) for size in (k, n)]
+    return 2.0 * (m * rows.covered + rows.borders * tile_rows(m)) * prod(whole)
 
 
 def _convolution(i: Instruction, operands: list[Shape]) -> float:

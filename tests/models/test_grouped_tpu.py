@@ -22,11 +22,17 @@ def plain(rows, sizes, gate, up, down):
     return jnp.concatenate([*out, jnp.zeros_like(rows[start:])])
 
 
-@pytest.mark.parametrize("sizes", [(20, 9, 11), (0, 40, 0), (5, 0, 12)])
-def test_value_and_gradients_where_sizes_are_data(monkeypatch, sizes):
-    """Segments that share tiles, experts without rows, and rows of no expert here."""
+@pytest.mark.parametrize("size, width", [(768, 768), (4096, 1024), (2560, 640), (5632, 512), (1536, 768), (2176, 768)])
+def test_tiles_pass_the_end_of_a_width_as_little_as_they_can(size, width):
+    assert grouped_tpu.tile_width(size, jnp.bfloat16) == width
+    assert grouped_tpu.tile_width(size, jnp.float32) <= 512
+
+
+@pytest.mark.parametrize("sizes, width", [((20, 9, 11), 64), ((20, 9, 11), 192), ((0, 40, 0), 64), ((5, 0, 12), 64)])
+def test_value_and_gradients_where_sizes_are_data(monkeypatch, sizes, width):
+    """Segments that share tiles, experts without rows, rows of no expert here, and tiles that pass the end."""
     monkeypatch.setattr(grouped_tpu, "TILE_ROWS", 16)
-    monkeypatch.setattr(grouped_tpu, "TILE_WIDTH", 64)
+    monkeypatch.setattr(grouped_tpu, "TILE_WIDTH", width)  # of float32 half
     rng = np.random.default_rng(0)
     shapes = ((40, WIDTH), (EXPERTS, OWN, WIDTH), (EXPERTS, OWN, WIDTH), (EXPERTS, WIDTH, OWN))
     rows, *weights = (jnp.asarray(rng.normal(0, 0.2, s), jnp.float32) for s in shapes)
