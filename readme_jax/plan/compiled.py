@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from readme_jax.plan.chips import Topology
 from readme_jax.refactor.groups import expert_count
 from readme_jax.tuning.estimate import PERMANENT
 from readme_jax.tuning.schedule import STAGES, Stage, schedule_of
-from readme_jax.tuning.stages import Shapes, abstract_arguments, build_step
+from readme_jax.tuning.stages import Shapes, abstract_arguments, abstract_beside, build_step
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -36,15 +37,17 @@ _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM a chip: what a step is given, what it makes and drops, and what is there."""
+    """Bytes of HBM a chip: what a step is given, what it makes and drops, what the run keeps beside it, and what is
+    there."""
 
     arguments: float
     temporaries: float
+    beside: float
     available: float
 
     @property
     def bytes(self) -> float:
-        return self.arguments + self.temporaries
+        return self.arguments + self.temporaries + self.beside
 
     @property
     def fits(self) -> bool:
@@ -135,6 +138,11 @@ def topology_devices(topology: Topology) -> list[Any]:
         ) from None
 
 
+def _bytes_a_chip(tree: Any) -> float:
+    """Of abstract arrays laid out on a mesh, what each chip holds."""
+    return sum(prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 class Planner:
     """Plans of one run on one topology, a mesh at a time."""
 
@@ -163,6 +171,7 @@ class Planner:
         chip, ways = self.topology.chip, mesh.shape["expert"]
         step = build_step(self.run, self.shapes, stage, mesh)  # outside the mesh, on whose chips nothing can run
         arguments = abstract_arguments(self.run, self.shapes, stage, mesh, step)
+        beside = abstract_beside(self.run, self.shapes, stage, mesh)
         with jax.set_mesh(mesh):
             lowered = step.update.lower(*arguments)
         try:
@@ -180,7 +189,7 @@ class Planner:
         bytes_ = hbm.traffic(program)
         return StagePlan(
             stage,
-            Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, chip.hbm),
+            Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, _bytes_a_chip(beside), chip.hbm),
             self.wanted(stage) / len(self.devices),
             even,
             flops.count(program, flops.SKEWED),

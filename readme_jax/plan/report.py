@@ -33,6 +33,7 @@ def _stage(s: StagePlan) -> dict[str, Any]:
     return {
         "arguments_bytes": s.memory.arguments,
         "temporaries_bytes": s.memory.temporaries,
+        "beside_bytes": s.memory.beside,
         "flops_wanted": s.wanted,
         "flops_even": s.even.once,
         "flops_skewed": s.skewed.once,
@@ -97,6 +98,7 @@ def _lines(stages: list[StagePlan]) -> list[tuple[str, list[str]]]:
     each = [
         ("HBM, arguments", [_gb(s.memory.arguments) for s in stages]),
         ("HBM, temporaries", [_gb(s.memory.temporaries) for s in stages]),
+        ("HBM, kept beside", [_gb(s.memory.beside) for s in stages]),
         ("HBM, left", [_left(s.memory) for s in stages]),
         ("TFLOP wanted", [f"{s.wanted / 1e12:.2f}" for s in stages]),
         ("TFLOP compiled, even routes", [f"{s.even.once / 1e12:.2f} ({s.over_active:.3f}x)" for s in stages]),

@@ -96,6 +96,18 @@ def abstract_frozen(run: config.Run, shapes: Shaped, stage: Stage, mesh: Any) ->
     return {"backbone": abstract_backbone(shapes, shapes.mixture if tuned else None, mesh), "channels": channels}
 
 
+def abstract_beside(run: config.Run, shapes: Shaped, stage: Stage, mesh: Any) -> list[dict[str, Any]]:
+    """What a run keeps on the mesh during a stage whose step does not take it: the dense model, the tuned backbone."""
+    dense, tuned = (abstract_backbone(shapes, mixture, mesh) for mixture in (None, shapes.mixture))
+    if stage == "experts":
+        return [] if run.expert_stage.distill else [dense]
+    if run.router_stage.objective == "expert_loss":
+        return [dense]
+    if run.router_stage.objective == "domain" and shapes.router.kind != "layerwise":
+        return [dense, tuned]
+    return [tuned] if run.router_stage.targets == "original" else [dense, tuned]  # merged, the step's is a third
+
+
 def abstract_backbone(shapes: Shaped, mixture: MixtureConfig | None, mesh: Any) -> dict[str, Any]:
     """The backbone, dense where `mixture` is None."""
     return _abstract(backbone_table(shapes.model, mixture, shapes.runtime.layout), mesh)

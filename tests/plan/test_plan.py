@@ -60,7 +60,7 @@ def test_too_large_says_by_how_much():
 def made(fsdp: int, temporaries: float, hours: float) -> Plan:
     """A plan of an expert stage on a mesh of 64 chips of 32 GB."""
     none = flops.Flops(1.0, 0.0)
-    stage = StagePlan("experts", Memory(4e9, temporaries, 32e9), 1.0, none, none, 1.0, {}, 1.0, 1.0, 1.0, 1.0, 0)
+    stage = StagePlan("experts", Memory(4e9, temporaries, 1e9, 32e9), 1.0, none, none, 1.0, {}, 1.0, 1.0, 1.0, 1.0, 0)
     mesh = {"data": 64 // fsdp, "fsdp": fsdp, "expert": 1, "tensor": 1}
     return Plan(topology("v6e:8x8"), mesh, "dots", {"experts": stage}, 0.4, 0.4, hours, 1.0, 4096)
 
