@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +49,8 @@ def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], 
     """Cut the mixture and start the router. `dense` is on the run's mesh, under which this runs; calibration tokens
     [n, T] are of each domain.
 
-    Of several processes the first cuts on its own devices, onto which it reads the dense model anew, and the others
-    read their parts of the result.
+    Of several processes the first cuts on its own devices, onto which it reads the dense model anew, a layer at a time,
+    which goes to the host; the others read their parts of the result.
     """
     if jax.process_count() == 1:
         cut = _cut(run, dense, calibration, runtime)
@@ -64,8 +64,8 @@ def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], 
         alone = make_mesh(config.Mesh(), jax.local_devices())
         with jax.set_mesh(alone):
             own = dense_on_mesh(open_dense(run.model.checkpoint), "unrolled", alone)
-            cut = _cut(run, own, calibration, runtime)
-        params, channels, router = (jax.tree.map(np.asarray, dict(t)) for t in (cut.params, cut.channels, cut.router))
+            cut = _cut(run, own, calibration, runtime, keep=_on_host)
+        params, channels, router = (_on_host(t) for t in (cut.params, cut.channels, cut.router))
         about = {"facts": cut.facts}
         saved = (dense.config, cut.mixture, params, channels, cut.router_config, router, dense.tokenizer, about)
         save_mixture(folder, Mixture(*saved))
@@ -84,10 +84,20 @@ def forget(run: config.Run) -> None:
         shutil.rmtree(Path(run.output) / SLICES, ignore_errors=True)
 
 
-def _cut(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], runtime: Runtime) -> Start:
+def _on_host(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(np.asarray, dict(tree))
+
+
+def _cut(
+    run: config.Run,
+    dense: Dense,
+    calibration: Mapping[str, np.ndarray],
+    runtime: Runtime,
+    keep: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Start:
     with meter("slice", sum(t.size for t in calibration.values())) as tick:
         unrolled = to_layout(dense.params, "unrolled")
-        sliced = convert(unrolled, dense.config, calibration, run.slice, runtime, tick)
+        sliced = convert(unrolled, dense.config, calibration, run.slice, runtime, tick, keep)
     trim()
     router_config = config_for(run.router, dense.config, sliced.mixture.num_experts)
     _, key = jax.random.split(jax.random.key(run.seed))  # the first half is the run's own: resume.random_key

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,13 @@ def convert(
     settings: config.Slice,
     runtime: Runtime,
     tick: Tick = lambda n: None,
+    keep: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Sliced:
     """Cut a dense model (unrolled tree) into one expert a domain, or one in all (`experts='one'`: the dense slice), or
     as refactor/groups.py says for `num_experts`.
 
-    `calibration` holds tokens [n, T] of each domain. Runs under a mesh. `tick` is told of tokens read.
+    `calibration` holds tokens [n, T] of each domain. Runs under a mesh. `tick` is told of tokens read; `keep` is given
+    each layer once it is cut, and may move it: no two cut layers need lie on the devices at a time.
     """
     width = max(1, round(settings.width * model.ffn_dim))
     grouping = group_text(calibration, settings)
@@ -61,7 +63,7 @@ def convert(
         masks, downs = cut.run(params)
     mixture, channels = lay_out(masks, permanent, settings.tied, settings.top_k, settings.align)
     sliced = {
-        k: slice_layer(v, channels[k], mixture, downs[int(k.removeprefix("layers_"))]) if k in channels else v
+        k: keep(slice_layer(v, channels[k], mixture, downs[int(k.removeprefix("layers_"))])) if k in channels else v
         for k, v in params.items()
     }
     shared = masks.all(axis=1).mean(axis=-1) if permanent else np.zeros(model.num_layers)

@@ -304,6 +304,25 @@ def test_dense_slice_is_one_expert_without_permanent_part(params, calibration):
     assert (sliced.mixture.num_experts, sliced.mixture.expert, sliced.mixture.permanent) == (1, 20, 0)
 
 
+@pytest.mark.parametrize("refit_kind", ["none", "one_shot"])
+def test_layers_may_leave_the_devices_as_they_are_cut(params, calibration, refit_kind):
+    """`keep` gets one layer at a time, and a layer that it copied does not stay."""
+    cut, held = config.Slice(score="rmsw", refit=refit_kind), []
+
+    def keep(layer):
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        return jax.tree.map(np.array, layer)
+
+    whole = convert(params, MODEL, calibration, cut, RUNTIME)
+    want = jax.tree.map(np.array, whole.params)
+    del whole
+    sliced = convert(params, MODEL, calibration, cut, RUNTIME, keep=keep)
+    layers = {k: v for k, v in sliced.params.items() if k.startswith("layers_")}
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(layers))
+    jax.tree.map(np.testing.assert_array_equal, sliced.params, want)
+    assert len(held) == MODEL.num_layers > 1 and max(held) == held[0]
+
+
 def test_tied_experts_cannot_be_refitted():
     with pytest.raises(ConfigError, match="refit"):
         config.Slice(tied=True, refit="sequential")
