@@ -64,6 +64,11 @@ def write_results(name: str, **figures: Any) -> Path:
     return path
 
 
+def write_document(path: Path, text: str) -> None:
+    """Write what a rich console printed, without the blanks that it fills lines with."""
+    write_text(path, "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
 def show_rows(title: str, rows: list[dict[str, Any]], number: str = ".3f", width: int = 140) -> None:
     """Rows as a table in the terminal; `number` formats floats."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -15,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from _report import write_results
+from _report import write_document, write_results
 from rich.console import Console
 
 from readme_jax import config
 from readme_jax.checks import check_model
 from readme_jax.cli.settings import load_run
-from readme_jax.files import write_text
 from readme_jax.plan.chips import topology
 from readme_jax.plan.compiled import Planner, TooLarge
 from readme_jax.plan.report import row, show
@@ -55,7 +54,7 @@ def main(name: str, *places: str) -> None:
             console.print()
             rows.append(row(plan))
         write_results(f"plan_{name}", wanted=WANTED, bindings=BINDINGS, rows=rows)
-        write_text(DOCS / f"{name}.txt", "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+        write_document(DOCS / f"{name}.txt", text.getvalue())
     print(text.getvalue())
 
 
