@@ -2,8 +2,9 @@
 
 Prints one JSON object: {case: {mesh: {loss, gradients (largest relative difference from one device), large (how many
 parameters and moments are), replicated (those of them that are whole on every device), moved (arrays laid out otherwise
-than the step declares)}}, start_router: largest difference of a router started on 8 devices, generated: {mesh: whether
-greedy tokens are those of one device}}.
+than the step declares)}}, start_router: largest difference of a router started on 8 devices, measured: {mesh: largest
+difference of calibration's statistics and of token losses from one device}, generated: {mesh: whether greedy tokens are
+those of one device}}.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import numpy as np
 from readme_jax import config
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.config import ExpertStage, MixtureConfig, ModelConfig, RouterConfig, RouterStage, Tuning
+from readme_jax.evaluation.perplexity import Evaluator
 from readme_jax.generate import Generator
 from readme_jax.models.layout import to_layout
 from readme_jax.models.router import start_router
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.weights import Table, Weight, router_table
 from readme_jax.parallel.mesh import SMALL, make_mesh, put_batch
+from readme_jax.refactor.calibrate import channel_statistics
 from readme_jax.tuning.routes import DomainRoutes
 from readme_jax.tuning.step import Step, backbone_table, build_expert_step, build_router_step, place, shard_table
 
@@ -172,6 +175,25 @@ def routers_differ() -> float:
     return float(max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), *started))))
 
 
+def measured() -> dict[str, float]:
+    """Largest difference from one device of what calibration sees and of token losses, by mesh."""
+    rng, mixture = np.random.default_rng(4), MixtureConfig(EXPERTS, OWN, PERMANENT)
+    tables = [backbone_table(MODEL, shape, "unrolled") for shape in (None, mixture)]
+    trees = [values(table, rng) for table in tables]
+    tokens = rng.integers(0, MODEL.vocab_size, (8, 6)).astype(np.int32)
+
+    def figures(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+        with jax.set_mesh(mesh):
+            dense, sliced = (place(tree, shard_table(t, mesh)) for tree, t in zip(trees, tables, strict=True))
+            seen = channel_statistics(dense, MODEL, Runtime(), tokens, 4)
+        evaluator = Evaluator(MODEL, mixture, Runtime(), mesh)
+        losses = evaluator.losses(sliced, tokens, DomainRoutes(EXPERTS), domain=np.arange(8) % EXPERTS)
+        return {**seen._asdict(), "nats": losses.nats}
+
+    want = figures(make_mesh(config.Mesh(), jax.devices()[:1]))
+    return {name: difference(figures(mesh_of(name)), want) for name in MESHES}
+
+
 def generated() -> dict[str, bool]:
     """Whether a tiny mixture's greedy tokens on each mesh are those of one device."""
     rng = np.random.default_rng(3)
@@ -193,7 +215,8 @@ def generated() -> dict[str, bool]:
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # compile faster
     report: dict[str, Any] = {name: compare(case, meshes) for name, (case, meshes) in cases().items()}
-    print(json.dumps(report | {"start_router": routers_differ(), "generated": generated()}))
+    report |= {"start_router": routers_differ(), "measured": measured(), "generated": generated()}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
