@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,33 @@ def test_tables_of_perplexity(heading, rows):
     assert table(heading) == rows()
 
 
+ROUTES = {
+    "its label router": "router",
+    "the text's own domain": "domain",
+    "best expert of each window (oracle)": "oracle",
+    "mean overlap by token id, smoothed": "table",
+    "the most common expert": "common",
+    "random": "random",
+}
+
+
 def test_routes():
-    rows = [row for row in results("router")["rows"] if row["run"] == "best"]
-    by_perplexity = sorted(f"{row['geo_mean']:.2f}" for row in rows)
-    assert sorted(row[3] for row in table("routes of")) == by_perplexity
+    rows = {row["routes"]: row for row in results("router")["rows"] if row["run"] == "best"}
+    shown = {ROUTES[name]: row for name, *row in table("routes of")}
+    assert set(shown) == set(rows)
+    for name, (agrees, repeats, perplexity) in shown.items():
+        held = rows[name]
+        assert perplexity == f"{held['geo_mean']:.2f}", name
+        assert float(agrees.rstrip("%")) == pytest.approx(100 * held["agrees_with_overlap"], abs=0.051), name
+        assert float(repeats.rstrip("%")) == pytest.approx(100 * held["repeats"], abs=0.051), name
 
 
 def test_training_and_segments():
     held = results("training")
+    rounds = [{r["side"]: r["tokens_per_second"] for r in held["rows"] if r["round"] == i} for i in range(3)]
+    torch = statistics.median(max(each["torch"], each["torch_small"]) for each in rounds)
+    speeds = [torch, *(statistics.median(each[side] for each in rounds) for side in ("dense", "experts"))]
+    assert [row[1] for row in table("SmolLM2-135M, fp32")] == [f"{speed:.0f}" for speed in speeds]
     assert [row[2] for row in table("SmolLM2-135M, fp32")] == [
         "1.00", f"{held['dense_step_ratio']:.2f}", f"{held['expert_step_ratio']:.2f}"
     ]  # fmt: skip
@@ -57,3 +77,30 @@ def test_training_and_segments():
         who, case = re.fullmatch(r"(.*), (even|skewed|one)(?: expert)?", name).groups()
         wanted = [known[case, each, backends[who]] for each in ("forward", "forward_backward")]
         assert [float(ratio) for ratio in ratios] == pytest.approx(wanted, abs=0.0051), name
+
+
+def test_decode_on_a_gpu():
+    rows = {(r["case"], r["batch"]): r for r in results("gpu_decode")["rows"]}
+    for name, ms, over_dense, over_limit in table("decode, Llama-2-7B"):
+        case, batch = re.fullmatch(r"(one|seven) experts?, batch (\d+)", name).groups()
+        held = rows[case, int(batch)]
+        assert float(ms) == pytest.approx(held["ms"], rel=0.005), name
+        shown = [float(over_dense), float(over_limit)]
+        assert shown == pytest.approx([held["over_dense"], held["over_limit"]], abs=0.0051), name
+
+
+def test_simulated_serving():
+    held = results("batching")["ratios"]
+    rows = {(r["resident"], r["trace"], r["load"]): r for r in held if r["router"] == "label"}
+    for name, *cells in table("`lookahead` over"):
+        resident, trace = re.match(r"(3 slots|all resident), (conversation|code)", name).groups()
+        where = ("slots" if resident == "3 slots" else "all", {"conversation": "conv"}.get(trace, trace))
+        ratios = [rows[*where, load] for load in (0.3, 0.7, 1.2)]
+        assert cells == [f"{r['mean']:.2f} / {r['p95']:.2f}" for r in ratios], name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_every_result_says_where_it_is_from(path):
+    held = json.loads(path.read_text())
+    assert held["command"].startswith("python benchmarks/") and re.match("[0-9a-f]{7}", held["commit"])
+    assert held["machine"]["devices"] and (path.stem == "table5" or held["rows"])
