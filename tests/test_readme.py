@@ -104,3 +104,16 @@ def test_every_result_says_where_it_is_from(path):
     held = json.loads(path.read_text())
     assert held["command"].startswith("python benchmarks/") and re.match("[0-9a-f]{7}", held["commit"])
     assert held["machine"]["devices"] and (path.stem == "table5" or held["rows"])
+
+
+def test_hit_ratios():
+    held = {
+        (r["scheduler"], r["trace"]): r
+        for r in results("cache")["summary"]
+        if (r["router"], r["capacity"], r["load"]) == ("label", 3, 1.2)
+    }
+    for name, removed, regret in table("Belady with roll-out"):
+        scheduler, trace = re.fullmatch(r"(.*), (conv|code)(?:ersation)?", name).groups()
+        row = held[{"Algorithm 1": "algorithm1", "decode-first": "decode_first"}[scheduler], trace]
+        assert (removed, regret) == (f"{row['removed']:.0%}", f"{row['regret_points']:.1f}"), name
+    assert all(abs(r["hit_ratio"] - r["paper"]) < 0.03 for r in results("cache")["table4"])
