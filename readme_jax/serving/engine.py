@@ -49,7 +49,11 @@ RECENT = 32  # finished requests from which the pace is estimated
 
 
 class Draining(Overloaded):
-    """The engine is shutting down and takes no new requests."""
+    """The engine is shutting down, or has failed for good, and takes no new requests."""
+
+
+class _Stopped(Exception):
+    """The engine was stopped in its warm-up."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Engine:
         self._inbox: deque[Live] = deque()
         self._cancelled: deque[int] = deque()
         self._thread: threading.Thread | None = None
-        self._stopping, self._draining, self._warm = False, False, False
+        self._stopping, self._draining, self._warm, self._dead = False, False, False, False
         self._next_id, self._queued = 0, 0
         self._finished, self._refused, self._failures = 0, 0, 0
         self._ends: deque[float] = deque([clock()], maxlen=RECENT)
@@ -168,7 +172,7 @@ class Engine:
 
         `listener` is told each event on the engine's thread, in place of the handle's queue: it must return at once.
         Raises RequestError, naming the field, for a request that can never be served; Overloaded when the queue is
-        full; Draining after `drain` or `stop`.
+        full; Draining after `drain` or `stop`, and once the engine has failed for good.
         """
         self.check_room()
         tokens = self._tokens(request.prompt, request.special)
@@ -258,8 +262,7 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether the engine has made a step lately, or is idle or still compiling; not once its thread has died."""
-        died = self._thread is not None and not self._thread.is_alive() and not self._stopping
-        return not died and (not self._stepping or self._clock() - self._step_end < STALLED)
+        return not self._dead and (not self._stepping or self._clock() - self._step_end < STALLED)
 
     # --- running -------------------------------------------------------------------------------------------------
 
@@ -273,7 +276,7 @@ class Engine:
         """Start the thread. It compiles first: `ready` says when that is done; requests may queue meanwhile."""
         if self._thread is not None:
             raise ReadMeError("the engine was started before")
-        self._thread = threading.Thread(target=self._serve, args=(progress,), name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, args=(progress,), name="engine", daemon=True)
         self._thread.start()
 
     def step(self) -> bool:
@@ -315,8 +318,30 @@ class Engine:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
+    def _live(self, progress: Callable[[int, int], None] | None) -> None:
+        """The thread's life: nobody waits for it in vain, however it ends."""
+        try:
+            self._serve(progress)
+        except _Stopped:
+            pass
+        except Exception as error:  # in the warm-up, or in beginning anew after a failed step
+            log.exception("the engine cannot go on")
+            with self._wake:
+                self._dead, self._stepping, self._queued = True, False, 0
+                lost = [*self._inbox, *self._loop.abandon()]
+                self._inbox.clear()
+                self._wake.notify_all()  # whoever drains
+            for live in lost:
+                live.end("error", _failure(error))
+
     def _serve(self, progress: Callable[[int, int], None] | None) -> None:
-        self.warm_up(progress)
+        def compiled(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, total)
+            if self._stopping and done < total:
+                raise _Stopped
+
+        self.warm_up(compiled)
         while True:
             with self._wake:
                 self._wake.notify_all()  # whoever drains
@@ -333,9 +358,8 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         self._failures += 1
         self._stepping = False
-        message = f"the engine failed: {type(error).__name__}"
         for live in self._loop.abandon():
-            live.end("error", message)
+            live.end("error", _failure(error))
         self._caller.reset()
 
     def _take_in(self, live: Live, cancelled: bool) -> None:
@@ -346,7 +370,7 @@ class Engine:
                 self._loop.add(live)
         except Exception as error:  # of the device: the request has its last event whatever happens
             log.exception("a prompt could not be routed")
-            live.end("error", f"the engine failed: {type(error).__name__}")
+            live.end("error", _failure(error))
         with self._wake:
             self._queued -= 1
 
@@ -367,6 +391,8 @@ class Engine:
 
     def _check_queue(self) -> None:
         """Raise where no request is taken in; under the lock."""
+        if self._dead:
+            raise Draining("the engine has failed: see the server's log", 1.0)
         if self._draining:
             raise Draining("the server is shutting down", 1.0)
         waiting = self._queued + self._loop.waiting
@@ -408,3 +434,7 @@ class Engine:
         own = check_tokens("stop_ids", request.params.stop_ids, self.vocab_size)
         ends = () if self.tokenizer is None or request.params.ignore_eos else self.tokenizer.eos_ids
         return frozenset((*own, *ends))
+
+
+def _failure(error: Exception) -> str:
+    return f"the engine failed: {type(error).__name__}"

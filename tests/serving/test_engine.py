@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from readme_jax import config
-from readme_jax.serving.engine import Draining, Engine
+from readme_jax.serving.engine import STALLED, Draining, Engine
 from readme_jax.serving.request import Overloaded, Request, SamplingParams
 from readme_jax.serving.text import Transcript
 
@@ -320,6 +322,97 @@ def test_requests_from_many_threads_while_the_engine_runs():
     engine.stop()
     assert not engine.ready
     assert_nothing_left(engine)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.001)
+
+
+def test_ready_once_programs_are_compiled():
+    engine, compiled = fake_engine(serving()), threading.Event()
+    engine._caller.programs.warm_up = lambda progress: compiled.wait(20)
+    assert not engine.ready
+    engine.start()
+    handle = engine.submit(Request([1, 2], SamplingParams(max_tokens=3)))
+    assert engine.healthy and not engine.ready and engine.stats().waiting == 1
+    compiled.set()
+    assert list(handle.result().tokens) == MODEL.generate([1, 2], 3)
+    assert engine.healthy and engine.ready
+    engine.stop()
+
+
+def test_a_step_that_hangs_is_neither_healthy_nor_ready():
+    now = [0.0]
+    engine, hangs, goes_on = fake_engine(serving(), clock=lambda: now[0]), threading.Event(), threading.Event()
+    decode = engine._caller.programs.decode_pass
+
+    def hanging(*args):
+        hangs.set()
+        goes_on.wait(20)
+        return decode(*args)
+
+    engine._caller.programs.decode_pass = hanging
+    engine.start()
+    handle = engine.submit(Request([1, 2], SamplingParams(max_tokens=3)))
+    assert hangs.wait(20)
+    now[0] += STALLED - 1
+    assert engine.healthy and engine.ready
+    now[0] += 1
+    assert not engine.healthy and not engine.ready
+    goes_on.set()
+    handle.result()
+    until(lambda: engine.healthy and engine.ready)
+    now[0] += 10 * STALLED  # nothing to do is no stall
+    assert engine.healthy and engine.ready
+    engine.stop()
+
+
+@pytest.mark.parametrize("fails", ["warm-up", "reset"])
+def test_an_engine_that_cannot_go_on_keeps_nobody_waiting(caplog, fails):
+    """Its programs do not compile, or after a failed step there is no room for a new state."""
+    engine, asked = fake_engine(serving()), threading.Event()
+
+    def broken(*args):
+        asked.wait(20)
+        raise RuntimeError("out of memory")
+
+    if fails == "warm-up":
+        engine._caller.programs.warm_up = broken
+    else:
+        engine._caller.programs.decode_pass = engine._caller.reset = broken
+    engine.start()
+    handles = [engine.submit(Request([1, 2], SamplingParams(max_tokens=3))) for _ in range(3)]
+    asked.set()
+    done = [handle.result() for handle in handles]
+    assert {(d.finish_reason, d.error) for d in done} == {("error", "the engine failed: RuntimeError")}
+    until(lambda: not engine.healthy)
+    assert not engine.ready
+    with pytest.raises(Draining, match="failed"):
+        engine.submit(Request([1]))
+    assert engine.drain(timeout=20)
+    engine.stop()
+    assert_nothing_left(engine)
+
+
+def test_stopping_does_not_wait_for_the_warm_up():
+    engine, begun, seen = fake_engine(serving()), threading.Event(), []
+
+    def warm_up(progress):
+        for done in range(1, 4):
+            begun.set()
+            until(lambda: engine._stopping)
+            progress(done, 3)
+        return 3
+
+    engine._caller.programs.warm_up = warm_up
+    engine.start(lambda done, total: seen.append((done, total)))
+    assert begun.wait(20)
+    assert engine.drain(timeout=20)
+    engine.stop()
+    assert seen == [(1, 3)] and not engine.ready
 
 
 def test_stopping_ends_what_is_alive():

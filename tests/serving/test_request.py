@@ -6,14 +6,17 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_programs import FakeModel, fake_engine
 
 from readme_jax import config
 from readme_jax.cli.settings import load_serving
 from readme_jax.errors import CheckpointError, ConfigError
+from readme_jax.serving.build import slots_of
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.request import Request, RequestError, SamplingParams
+from readme_jax.serving.store import ExpertStore
 
 BAD_PARAMS = [
     ("temperature", math.nan),
@@ -120,6 +123,19 @@ def test_settings_that_come_with_the_project_load(name):
     path = Path(__file__).resolve().parents[2] / "configs" / "serving" / f"{name}.gin"
     assert load_serving([path], ["Serving.queue = 7"]).queue == 7
     assert load_serving([path], ["Mesh.tensor = 2"]).mesh == config.Mesh(tensor=2)
+
+
+def test_slots_as_bytes_are_as_many_experts_as_fit(tiny_model):
+    model = tiny_model("top1")  # 3 experts
+    store = ExpertStore(model)
+    one = store.expert_bytes * store.num_layers
+
+    def slots(size: int) -> int | None:
+        return slots_of(model, config.Serving(slot_bytes=size), np.float32)
+
+    assert [slots(size) for size in (one, 2 * one - 1, 2 * one, 3 * one)] == [1, 1, 2, None]
+    with pytest.raises(ConfigError, match=f"Serving.slot_bytes = {one - 1}: one expert of all layers takes {one}"):
+        slots(one - 1)
 
 
 def test_slots_are_a_count_or_bytes_not_both():
