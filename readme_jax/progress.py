@@ -1,4 +1,4 @@
-"""Progress over tokens: a live bar in a terminal, a plain line now and then elsewhere."""
+"""Progress over tokens, and of an engine's warm-up: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from readme_jax.parallel.distributed import lead
 
@@ -53,6 +53,31 @@ class Meter:
         elif seconds > 1 and not self.silent:
             note = f" · {self.note}" if self.note else ""
             print(f"{self.label}: {self.done:,} tokens in {clock(seconds)}{note}", file=sys.stderr, flush=True)
+
+
+class WarmUp:
+    """Programs compiled, of how many: a bar in a terminal, one line at the end there and elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        columns = (TextColumn("warm-up"), BarColumn(), MofNCompleteColumn(), TextColumn("programs"))
+        self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+        self.task = None if self.bar is None else self.bar.add_task("", total=None)
+        if self.bar is not None:
+            self.bar.start()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell of a program."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, total=total)
+        if done == total:
+            self.close()
+            print(f"ready: {total} programs compiled", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Stop the bar, also of a warm-up that did not come to its end."""
+        if self.bar is not None:
+            self.bar.stop()
 
 
 @contextmanager

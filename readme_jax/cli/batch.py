@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from readme_jax.cli.settings import load_serving
 from readme_jax.cli.sources import open_model, tokenizer_of
-from readme_jax.progress import meter
+from readme_jax.progress import WarmUp, meter
 from readme_jax.serving.batch import done_ids, read_prompts, run_batch
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.request import Request
@@ -30,6 +31,9 @@ def batch(
     engine = Engine.build(model, settings)
     left = [i.request for i in items if i.id not in done and isinstance(i.request, Request)]
     total = sum((r.params.max_tokens or engine.context) + _length(r, engine) for r in left)
+    if left:
+        with closing(WarmUp()) as tell:
+            engine.warm_up(tell)
     engine.start()
     try:
         with meter("batch", total) as tick:

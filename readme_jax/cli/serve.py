@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.cli.settings import load_serving
 from readme_jax.cli.sources import EXPORT, expert_names, open_model, tokenizer_of
+from readme_jax.progress import WarmUp
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.http.app import Service, create_app
 from readme_jax.serving.http.server import answer_first, bind, server, url_of
@@ -33,34 +31,16 @@ def serve(
         experts = expert_names(model) if isinstance(model, Mixture) else []
         known_as = name or name_of(checkpoint)
         service = Service(engine, tokenizer, known_as, experts)
-        running = server(create_app(service, WarmUp(), answer_first))
-        # uvicorn puts its own handler here while it runs and hands its signal on at the end: a clean exit, not a death.
-        signal.signal(signal.SIGTERM, lambda *_: setattr(running, "should_exit", True))
-        print(f"{known_as}: {url_of(listening)}/v1", flush=True)
-        running.run(sockets=[listening])
+        with closing(WarmUp()) as warm_up:
+            running = server(create_app(service, warm_up, answer_first))
+            # uvicorn puts its own handler here while it runs and hands its signal on at the end: a clean exit, not a
+            # death.
+            signal.signal(signal.SIGTERM, lambda *_: setattr(running, "should_exit", True))
+            print(f"{known_as}: {url_of(listening)}/v1", flush=True)
+            running.run(sockets=[listening])
 
 
 def name_of(checkpoint: str) -> str:
     """A model's name where none is given: its folder's, or its run's for a run's export."""
     path = Path(checkpoint).resolve()
     return path.parent.name if path.name == EXPORT else path.stem if path.is_file() else path.name
-
-
-class WarmUp:
-    """Programs compiled, of how many: a bar in a terminal, one line at the end elsewhere."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("warm-up"), BarColumn(), MofNCompleteColumn(), TextColumn("programs"))
-        self.bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self.task = None if self.bar is None else self.bar.add_task("", total=None)
-        if self.bar is not None:
-            self.bar.start()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, total=total)
-        if done == total:
-            if self.bar is not None:
-                self.bar.stop()
-            print(f"ready: {total} programs compiled", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from readme_jax.errors import DataError
-from readme_jax.serving.engine import Engine
+from readme_jax.serving.engine import Draining, Engine
 from readme_jax.serving.request import Completion, Event, Overloaded, Request, RequestError, SamplingParams, complete
 
 PAUSE = 0.05  # seconds between tries while the queue is full of others' requests
@@ -85,7 +85,8 @@ def run_batch(
     """Run the items that `out` does not hold yet through a started engine, and append their answers as they come.
 
     `progress(tokens)` is told of each finished request's prompt and new tokens. Returns how many were answered and how
-    many of them with an error. Interrupted, it leaves whole lines, and goes on from there when called again.
+    many of them with an error. Interrupted, it leaves whole lines, and goes on from there when called again. Raises
+    Draining where the engine takes no more requests.
     """
     done = done_ids(out)
     todo = [item for item in items if item.id not in done]
@@ -118,6 +119,8 @@ def run_batch(
                         write({"id": item.id, "error": e.message, "field": e.field})
                         errors += 1
                         break
+                    except Draining:
+                        raise
                     except Overloaded:  # the queue is bounded: wait for one of ours to end, or for others'
                         if waiting:
                             errors += take()

@@ -18,6 +18,7 @@ from readme_jax.checkpoints.mixture import save_mixture
 from readme_jax.cli.app import app
 from readme_jax.errors import DataError
 from readme_jax.serving.batch import done_ids, read_prompts, run_batch
+from readme_jax.serving.engine import Draining
 
 MODEL = FakeModel()
 
@@ -91,6 +92,14 @@ def test_a_bad_request_is_answered_with_its_field(engine, tmp_path):
     assert len(got["6"]["logprobs"]) == 2
 
 
+def test_an_engine_that_takes_no_more_is_not_waited_for(engine, tmp_path):
+    write(tmp_path / "in.jsonl", [{"prompt": [1]}])
+    engine.stop()
+    with pytest.raises(Draining):
+        run_batch(engine, read_prompts(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
 @pytest.mark.parametrize(
     "lines, said",
     [(["{bad\n"], ":1: not JSON"), (["[1]\n"], ":1: expected"), ([{"id": 1, "prompt": "a"}] * 2, ":2: id '1'")],
@@ -159,7 +168,7 @@ def test_a_batch_that_was_killed_ends_with_the_same_answers(command, tmp_path):
     undisturbed = command(whole)
     _, said = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, said
-    assert "150 answered (37 with an error), 0 were there before" in said
+    assert "150 answered (37 with an error), 0 were there before" in said and "programs compiled" in said
     killed = command(parts)
     while not parts.exists() or len(parts.read_bytes().splitlines()) < 30:
         assert killed.poll() is None, killed.communicate()
