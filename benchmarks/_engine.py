@@ -2,8 +2,9 @@
 
 Time is scaled: the trace is stretched to a share of the rate that decode-first with everything resident serves of a
 full queue here. Prompts and answers are cut so that a run takes seconds. After each run the simulation is fed the
-engine's log and must make every decision again. Figure 6 is decode-first on a full queue, at capacity 2 to 5; a model
-of five experts has all of them resident at 5, where only dispatching ahead is left to compare.
+engine's log and must make every decision again. Figure 6 is decode-first on a full queue, at capacity 2 to 5: a load
+begins when its call could, or is decided on when its step is picked, also of steps dispatched before the last one is
+read. A model of five experts has all of them resident at 5: nothing is loaded there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from readme_jax.serving.traffic import Request as Simulated
 ROWS, LENGTH, CHUNK, BUDGET = 8, 256, 64, 64
 LONGEST_PROMPT, LONGEST_ANSWER = 160, 32
 LOAD = 0.7
+# Of Figure 6: Serving.prefetch and Serving.ahead.
+MODES = {"on demand": (False, False), "prefetch": (True, False), "prefetch, dispatched ahead": (True, True)}
 SHOWN = (
     "scheduler", "capacity", "unique_experts", "mean", "p95", "p99_ttft", "seconds", "hit_ratio", "loads", "late",
     "missing", "agrees",
@@ -102,22 +105,26 @@ def engine_rows(checkpoint: str, count: int, seed: int) -> tuple[list[dict], lis
             about = {"trace": "conv", "load": LOAD, "rate": rate, "scheduler": scheduler, "router": "own"}
             held = {"resident": "slots" if slots else "all", "capacity": slots or experts, "budget": BUDGET}
             rows.append({**about, **held, **found})
-    fig6 = []
-    for capacity in range(2, min(experts, 5) + 1):
-        for prefetch in (True, False):
-            found = run(server, asks, settings_of("decode_first", capacity, prefetch), 0.0)
-            names = ("mean", "p95", "seconds", "hit_ratio", "loads", "foreseen", "late", "agrees")
-            about = {"capacity": capacity, "resident": "all" if capacity == experts else "slots", "prefetch": prefetch}
-            fig6.append({**about, **{n: found[n] for n in names}})
+    fig6 = [figure6_row(server, asks, c, *mode) for c in range(2, min(experts, 5) + 1) for mode in MODES.values()]
     about = {"model": {"experts": experts, "layers": model.config.num_layers, "width": model.config.embed_dim}}
     return rows, fig6, {**about, "requests": count, "rows_of_cache": ROWS, "staging": STAGING}
 
 
+def figure6_row(server: Server, asks: list[Ask], capacity: int, prefetch: bool, ahead: bool) -> dict[str, Any]:
+    """The faster of two runs on a full queue; `agrees` says it of both."""
+    runs = [run(server, asks, settings_of("decode_first", capacity, prefetch, ahead), 0.0) for _ in range(2)]
+    best = min(runs, key=lambda found: found["mean"]) | {"agrees": all(found["agrees"] for found in runs)}
+    names = ("mean", "p95", "seconds", "hit_ratio", "loads", "foreseen", "late", "missing", "agrees")
+    resident = "all" if capacity == server.model.mixture.num_experts else "slots"
+    about = {"capacity": capacity, "resident": resident, "prefetch": prefetch, "ahead": ahead}
+    return {**about, **{n: best[n] for n in names}}
+
+
 def plot(fig6: list[dict[str, Any]], path: Path) -> None:
-    """Seconds a token against capacity, loads ahead or on demand."""
+    """Seconds a token against capacity in each mode."""
     figure, axis = plt.subplots(figsize=(4.4, 3.4))
-    for prefetch, colour, label in ((False, "#b45309", "on demand"), (True, "#0f766e", "prefetch")):
-        rows = [r for r in fig6 if r["prefetch"] is prefetch]
+    for (label, mode), colour in zip(MODES.items(), ("#b45309", "#0f766e", "#0f172a"), strict=True):
+        rows = [r for r in fig6 if (r["prefetch"], r["ahead"]) == mode]
         axis.plot([r["capacity"] for r in rows], [r["mean"] for r in rows], "o-", color=colour, label=label)
     axis.set_xticks(sorted({r["capacity"] for r in fig6}))
     axis.set_xlabel("experts resident")
@@ -129,11 +136,11 @@ def plot(fig6: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def settings_of(scheduler: Policy, slots: int, prefetch: bool = True) -> config.Serving:
-    """Of one run. Without `prefetch` steps are not dispatched ahead either: loads begin when they are needed."""
+def settings_of(scheduler: Policy, slots: int, prefetch: bool = True, ahead: bool = True) -> config.Serving:
+    """Of one run."""
     sizes: dict[str, Any] = {"rows": ROWS, "length": LENGTH, "chunk": CHUNK, "budget": BUDGET, "queue": 10_000}
     return config.Serving(
-        **sizes, scheduler=scheduler, slots=slots, staging=STAGING if slots else 0, prefetch=prefetch, ahead=prefetch
+        **sizes, scheduler=scheduler, slots=slots, staging=STAGING if slots else 0, prefetch=prefetch, ahead=ahead
     )
 
 
