@@ -363,6 +363,7 @@ class Run(Validated):
     cluster: Cluster = field(default_factory=Cluster)
 
     def check(self) -> None:
+        self.require(0 <= self.seed < 2**63, "seed", "zero or more and below 2^63")
         if self.router.kind == "layerwise" and self.router_stage.objective == "expert_loss":
             raise ConfigError(
                 "RouterStage.objective = 'expert_loss': a layerwise router has no loss of its own in each layer; "

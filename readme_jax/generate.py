@@ -45,6 +45,8 @@ class Sampling:
             raise ConfigError(f"temperature {self.temperature}: must be zero (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p {self.top_p}: must be in (0, 1]")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed}: must be zero or more and below 2^63")
 
 
 GREEDY = Sampling()

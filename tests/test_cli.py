@@ -297,11 +297,46 @@ def test_bad_text(kind, dense_folder, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+BAD_MEASURES = {
+    "no such folder": ("--data nope", "nope"),
+    "no such domain": ("--domain poetry", "poetry"),
+    "no tokens": ("--tokens 0", "above zero"),
+    "a window of one": ("--window 1", "--window 1"),
+    "no windows a step": ("--batch 0", "--batch 0"),
+    "a window longer than its text": ("--tokens 64 --window 128", "128"),
+}
+
+
+@pytest.mark.parametrize("options, said", BAD_MEASURES.values(), ids=BAD_MEASURES.keys())
+def test_bad_perplexity(options, said, mixture_folder, corpus, capsys):
+    arguments = ["perplexity", "--checkpoint", str(mixture_folder), "--data", str(corpus), "--window", "32"]
+    code, _, err = called(capsys, *arguments, *options.split())
+    assert code == 2
+    one_line(err, said)
+
+
+BAD_ANSWERS = {
+    "no tokens": ("--max-tokens 0", "max_tokens"),
+    "below zero": ("--temperature -1", "temperature"),
+    "no nucleus": ("--top-p 0", "top_p"),
+    "longer than the context": ("--max-tokens 100000", "100000"),
+    "a seed of 70 bits": ("--temperature 1 --seed 999999999999999999999", "seed"),
+}
+
+
+@pytest.mark.parametrize("options, said", BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+def test_bad_generate(options, said, mixture_folder, capsys):
+    code, out, err = called(capsys, "generate", "--checkpoint", str(mixture_folder), "hi", *options.split())
+    assert (code, out) == (2, "")
+    one_line(err, said)
+
+
 BAD_SETTINGS = {
     "width above one": ("Slice.width = 1.5", "(0, 1]"),
     "width zero": ("Slice.width = 0.0", "(0, 1]"),
     "misspelt": ("Slice.widht = 0.5", "widht"),
     "wrong type": ("ExpertStage.lr = 'fast'", "expected float"),
+    "seed below zero": ("Run.seed = -1", "zero or more"),
 }
 
 
@@ -314,6 +349,23 @@ def test_bad_settings(line, said, dense_folder, corpus, capsys, tmp_path):
     assert code == 2
     one_line(err, f"r.gin:{len(SMALL) + 3}", said)
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_are_no_text(dense_folder, capsys, tmp_path):
+    code, _, err = called(capsys, "refactor", "--gin_file", str(dense_folder / "model.safetensors"))
+    assert code == 2
+    one_line(err, "model.safetensors: not a gin file")
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_output_that_is_a_file(below, dense_folder, corpus, capsys, tmp_path):
+    (tmp_path / "notes").write_text("years of work")
+    code, _, err = called(
+        capsys, *refactoring(tmp_path / "r.gin", dense_folder, corpus, tmp_path / "notes" / below)
+    )
+    assert code == 2
+    one_line(err, "notes is a file")
+    assert (tmp_path / "notes").read_text() == "years of work"
 
 
 def test_resuming_with_other_settings(finished, capsys):

@@ -5,6 +5,8 @@ Everything is checked on names and shapes before the first tensor is read; then 
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -167,6 +169,8 @@ def open_safetensors(path: Path) -> list[Stored]:
     except FileNotFoundError as e:
         raise CheckpointError(f"{path}: no such file") from e
     except (SafetensorError, OSError) as e:
+        for name in repeated_names(path):
+            raise CheckpointError(f"{path}: duplicate tensor {name}") from e
         raise CheckpointError(f"{path}: cut short or not a safetensors file ({e}); fetch it again") from e
     for name, part in slices.items():
         if part.get_dtype() not in TYPES:
@@ -174,3 +178,15 @@ def open_safetensors(path: Path) -> list[Stored]:
     return [
         Stored(name, tuple(part.get_shape()), partial(file.get_tensor, name), part) for name, part in slices.items()
     ]
+
+
+def repeated_names(path: Path) -> list[str]:
+    """Names that stand more than once in a safetensors header, of which its library says that an offset is wrong."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size) if size <= path.stat().st_size else b""
+        entries = json.loads(header, object_pairs_hook=lambda pairs: Counter(name for name, _ in pairs))
+    except (OSError, ValueError):
+        return []
+    return [name for name, count in entries.items() if count > 1] if isinstance(entries, Counter) else []

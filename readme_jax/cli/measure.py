@@ -8,7 +8,7 @@ from readme_jax import config
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.cli.sources import expert_names, open_model, tokenizer_of
 from readme_jax.data.corpus import open_corpus
-from readme_jax.errors import CheckpointError
+from readme_jax.errors import CheckpointError, ConfigError
 from readme_jax.evaluation.perplexity import Evaluator, Losses
 from readme_jax.models.runtime import runtime_for
 from readme_jax.parallel.mesh import make_mesh
@@ -20,6 +20,8 @@ def measure(
     checkpoint: str, data: str, domains: tuple[str, ...], tokens: int, window: int, batch: int
 ) -> tuple[dict[str, Losses], list[str]]:
     """Losses of each domain's validation text, and the names of the experts (none: a dense model)."""
+    if window < 2 or batch < 1:
+        raise ConfigError(f"--window {window} --batch {batch}: a window takes two tokens, a step one window at least")
     text = config.Data(folder=data, domains=domains, sequence_length=window, validation_tokens=tokens)
     model = open_model(checkpoint)
     corpus = open_corpus(text, tokenizer_of(model, checkpoint))

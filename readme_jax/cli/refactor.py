@@ -17,6 +17,7 @@ from readme_jax.cli.answer import answer
 from readme_jax.cli.settings import LoadedRun, load, save_settings
 from readme_jax.cli.sources import tokenizer_of
 from readme_jax.cli.tables import print_summary
+from readme_jax.errors import ConfigError
 from readme_jax.files import write_text
 from readme_jax.generate import Generator
 from readme_jax.parallel.distributed import lead
@@ -45,6 +46,9 @@ def refactor(
     loaded = load(gin_files, gin_params)
     if output is not None:
         loaded = loaded._replace(run=replace(loaded.run, output=output))
+    for place in (Path(loaded.run.output), *Path(loaded.run.output).parents):
+        if place.is_file():
+            raise ConfigError(f"Run.output = {loaded.run.output!r}: {place} is a file; give a folder")
     with take_part(loaded.run):
         return _refactor(loaded, resume, compare, prompt)
 

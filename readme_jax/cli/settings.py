@@ -148,7 +148,10 @@ def _parse_file(name: str, including: list[str], read: list[str]) -> None:
         raise ConfigError(f"no gin file {name}")
     if name in including:
         raise ConfigError(f"{name} includes itself, through {including[-1]}")
-    lines = Path(name).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{name}: not a gin file, which is text in UTF-8") from e
     start = 0
     for number, line in enumerate(lines):
         include = _INCLUDE.match(line)

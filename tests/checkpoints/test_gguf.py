@@ -151,6 +151,31 @@ def test_dequantises(write_gguf: Callable[..., Path], kind: str) -> None:
     np.testing.assert_allclose(loaded[finite], expected[finite], rtol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize("kind", sorted(kind.name for kind in gguf.quants._type_traits))
+def test_every_type_that_the_package_dequantises(write_gguf: Callable[..., Path], kind: str) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[Types[kind]]
+    raw = np.random.default_rng(4).integers(0, 256, (F, D // block * size), np.uint8)
+    loaded = load_dense(write_gguf({"blk.0.ffn_up.weight": (raw, Types[kind])})).params["layers_0"]["ffn"]["up"]
+    assert loaded.shape == (F, D) and loaded.dtype == np.float32
+    np.testing.assert_array_equal(loaded, gguf.quants.dequantize(raw, Types[kind]))
+
+
+def test_a_type_that_nothing_dequantises_is_named(write_gguf: Callable[..., Path]) -> None:
+    raw = np.zeros((F, D // 256 * gguf.GGML_QUANT_SIZES[Types.Q8_K][1]), np.uint8)
+    with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_up\.weight cannot be dequantised") as caught:
+        load_dense(write_gguf({"blk.0.ffn_up.weight": (raw, Types.Q8_K)}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_duplicate_tensor_is_named(write_gguf: Callable[..., Path]) -> None:
+    path = write_gguf()
+    path.write_bytes(path.read_bytes().replace(b"blk.0.attn_v.weight", b"blk.0.attn_k.weight"))
+    with pytest.raises(CheckpointError, match=r"duplicated tensor .*blk\.0\.attn_k\.weight") as caught:
+        load_dense(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["Q5_0", "Q5_1"])
 def test_dequantises_what_was_quantised(write_gguf: Callable[..., Path], kind: str) -> None:
     values = np.random.default_rng(3).normal(size=(F, D)).astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 import transformers
 
 from readme_jax.checkpoints import hf
-from readme_jax.checkpoints.hf import Dense, load_dense, save_dense
-from readme_jax.checkpoints.tensors import flatten, hf_names
+from readme_jax.checkpoints.hf import Dense, load_dense, open_dense, save_dense
+from readme_jax.checkpoints.tensors import flatten, hf_names, read_all
 from readme_jax.config import RopeScaling
 from readme_jax.errors import CheckpointError
 
@@ -153,6 +154,31 @@ def test_wrong_tensors_are_named(
     edit_tensors(folder / "model.safetensors", **{name: None if value is None else np.ones(value, np.float32)})
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_dense(folder)
+
+
+def test_a_duplicate_in_one_file_is_named(tiny_llama: Callable[..., Any]) -> None:
+    folder, _ = tiny_llama()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"layers.1.self_attn.v_proj", b"layers.1.self_attn.k_proj"))
+    with pytest.raises(CheckpointError, match=r"duplicate tensor model\.layers\.1\.self_attn\.k_proj\.weight$"):
+        load_dense(folder)
+
+
+@pytest.mark.parametrize("source", ["safetensors", "gguf"])
+def test_reading_takes_the_model_and_one_tensor(
+    tiny_llama: Callable[..., Any], smollm2_file: Path, source: str
+) -> None:
+    folder = smollm2_file if source == "gguf" else None
+    if folder is None:  # in bfloat16, so that every tensor is converted
+        folder, model = tiny_llama(vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
+        model.to(torch.bfloat16).save_pretrained(folder)
+    opened = open_dense(folder)
+    tracemalloc.start()
+    params = read_all(opened.tensors, np.float32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    assert sum(sizes) <= peak <= sum(sizes) + max(sizes) + (1 << 20)
 
 
 def test_shards_and_index_that_disagree(tiny_llama: Callable[..., Any], edit_tensors: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -118,6 +119,37 @@ def test_width_of_all_channels_is_the_dense_model(tiny, random_params, tied):
     got, _ = jax.jit(Llama(tiny, mixture).apply)({"params": params}, tokens, plan, jax.tree.map(jnp.asarray, channels))
     want, _ = jax.jit(Llama(tiny).apply)({"params": dense}, tokens)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def count(jaxpr, primitive):
+    """How often a primitive stands in a jaxpr, jaxprs within it included."""
+
+    def holds_equations(value):
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == primitive
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=holds_equations):
+            if holds_equations(value):
+                total += count(getattr(value, "jaxpr", value), primitive)
+    return total
+
+
+def test_tokens_are_sorted_once_a_batch_whatever_the_number_of_layers(tiny, random_params):
+    mixture, tokens = MixtureConfig(EXPERTS, 8, 5), jnp.zeros((2, 7), jnp.int32)
+    sorts = {}
+    for layers in (1, 4):
+        config = dataclasses.replace(tiny, num_layers=layers)
+        params = random_params(config, mixture)
+
+        def loss(params, experts, config=config):
+            plan = plan_batch(experts, EXPERTS)
+            return Llama(config, mixture, Runtime()).apply({"params": params}, tokens, plan)[0].sum()
+
+        step = jax.make_jaxpr(jax.value_and_grad(loss))(params, jnp.zeros((2, 7, 1), jnp.int32))
+        sorts[layers] = count(step.jaxpr, "sort")
+    assert sorts[4] == sorts[1] > 0
 
 
 def test_gradients_of_tied_experts_add_up_and_padding_never_trains(tiny, random_params):

@@ -101,6 +101,13 @@ def test_top_channels_keeps_exactly_the_width_under_ties(scores, data):
         assert np.array(scores)[mask].min() >= np.array(scores)[~mask].max()
 
 
+def test_rmsw_is_the_root_mean_square_of_what_a_channel_writes():
+    rng = np.random.default_rng(7)
+    a, down = rng.normal(size=(50, 6)), rng.normal(size=(4, 6))
+    written = [np.sqrt(np.mean([sum((down[:, c] * token[c]) ** 2) for token in a])) for c in range(6)]
+    np.testing.assert_allclose(select.rmsw(np.sqrt((a**2).mean(0)), down), written, rtol=1e-6)
+
+
 def random_moments(seed, n=300, f=40, d=16):
     rng = np.random.default_rng(seed)
     a = rng.normal(size=(n, f)) @ (np.eye(f) + 0.5 * rng.normal(size=(f, f)))
@@ -213,6 +220,8 @@ def test_lay_out_covers_exactly_the_masks(seed, permanent, align):
     assert mixture.expert % align == 0 and mixture.permanent % align == 0
     for layer in range(2):
         shared = channels[f"layers_{layer}"]["permanent"]
+        in_all = np.flatnonzero(masks[layer].all(0)) if permanent else []
+        assert shared[shared < 24].tolist() == list(in_all)
         for e in range(3):
             own = channels[f"layers_{layer}"]["experts"][e]
             kept = np.concatenate([shared[shared < 24], own[own < 24]])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+import struct
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event
 
 from readme_jax import config
 from readme_jax.checkpoints.store import Store
@@ -88,6 +90,34 @@ def test_journal_drops_what_came_after_the_checkpoint(tmp_path):
     assert kept[1] == {"kind": "train", "step": 2, "round": 0, "stage": "router", "stage_step": 2, "loss": 0.5}
     Journal(tmp_path).close()
     assert read_metrics(tmp_path) == []
+
+
+def events(folder):
+    """{(name, step): value} of the TensorBoard files of a folder: records of a length, two checksums and an Event."""
+    found = {}
+    for path in folder.glob("events.out.*"):
+        held, at = path.read_bytes(), 0
+        while at < len(held):
+            size = struct.unpack_from("<Q", held, at)[0]
+            event = Event.FromString(held[at + 12 : at + 12 + size])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            at += size + 16
+    return found
+
+
+def test_tensorboard_gets_what_the_lines_hold(tmp_path):
+    journal = Journal(tmp_path)
+    journal.train(1, Position(0, "router", 0, 0), {"loss": 0.5, "lr": 0.25})
+    journal.train(2, Position(0, "experts", 0, 0), {"loss": 2.0})
+    journal.evaluation(2, Position(0, "experts", 0, 0), {"perplexity": {"code": 3.0}, "geo_mean": 4.0})
+    journal.close()
+    assert events(tmp_path / "tensorboard") == {
+        ("router/loss", 1): 0.5,
+        ("router/lr", 1): 0.25,
+        ("experts/loss", 2): 2.0,
+        ("evaluation/perplexity/code", 2): 3.0,
+        ("evaluation/geo_mean", 2): 4.0,
+    }
 
 
 def test_evaluation_is_recorded_at_the_end_of_every_stage(tmp_path, mesh):

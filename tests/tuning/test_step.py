@@ -54,6 +54,18 @@ def test_router_step_learns(mesh, dense, cut, router, batch, objective):
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+def test_switching_has_its_price_in_the_routers_loss(mesh, router, batch):
+    told = {}
+    for price in (0.0, 0.7):
+        stage = config.RouterStage(objective="domain", switch_price=price, **BATCHED)
+        mixture = config.MixtureConfig(num_experts=3, expert=4)
+        step = steps.build_router_step(MODEL, mixture, ROUTER, PLAIN, stage, TUNING, mesh)
+        told[price] = step.update(step.start(router), batch, {}, 3e-3)[1]
+    rate = float(told[0.7]["switch_rate"])
+    assert rate > 0.01
+    np.testing.assert_allclose(told[0.7]["loss"], told[0.0]["loss"] + 0.7 * rate, rtol=1e-5)
+
+
 def test_accumulated_micro_batches_equal_one_batch(mesh, dense, cut, router, batch):
     mixture, params, channels = cut()
     frozen = {"routes": RouterRoutes(router, ROUTER), "channels": channels, "teacher": dense}
