@@ -104,6 +104,7 @@ def bench(request):
     ("bench", "case"),
     CASES,
     indirect=["bench"],
+    scope="module",  # a mixture is built once for the cases of its number
     ids=lambda c: f"{c} a token" if isinstance(c, int) else f"{c['scheduler']}, {c['slots']} slots",
 )
 def test_a_mixture_of_seven_answers_as_it_does_alone(bench, quickly_compiled, case: dict[str, Any]):
