@@ -263,7 +263,7 @@ def main() -> None:
     args = arguments()
     if args.merge:
         rows = merge(MAIN, args.merge, key_of)
-        show_rows("perplexity", [{k: v for k, v in row.items() if k != "domains"} for row in rows])
+        show_rows("perplexity", [{k: v for k, v in row.items() if k != "domains"} for row in rows], ".4g")
         return plot(rows, RESULTS / f"{MAIN}.png")
     began = time.perf_counter()
     results, wanted = Rows(args.name, resume=True), rows_wanted(args)
