@@ -49,8 +49,8 @@ def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], 
     """Cut the mixture and start the router. `dense` is on the run's mesh, under which this runs; calibration tokens
     [n, T] are of each domain.
 
-    Of several processes the first cuts on its own devices, onto which it reads the dense model anew, a layer at a time,
-    which goes to the host; the others read their parts of the result.
+    Of several processes the first reads the dense model anew onto its own devices and cuts it there, a layer at a time;
+    cut layers go to the host, from where the others read their parts.
     """
     if jax.process_count() == 1:
         cut = _cut(run, dense, calibration, runtime)
