@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from _measure import seconds_in_a_row
-from _outer_hopper import outer
 from _profile import device_seconds
 
 from readme_jax.models import grouped_gpu as gpu
@@ -19,7 +18,6 @@ from readme_jax.models.segments import Expert, RoutePlan
 Array = jax.Array
 Compile = Callable[[dict[Any, tuple[Any, tuple[Any, ...]]]], dict[Any, Any]]
 
-WEIGHTS = "gradient of weights"
 TILES = (
     Tiles(),
     Tiles(stages=3),
@@ -42,9 +40,9 @@ def kernels(x: Array, plan: RoutePlan, weights: list[Expert], backward: bool) ->
     hidden = jnp.where(blocks.real[:, None], hidden, 0)
 
     def product(join: gpu.Join, gathered: tuple[int, ...], **settings: Any) -> Any:
-        def call(tiles: Tiles, blocks: Blocks, arrays: list[Array], weights: list[Any], beside: Any = ()) -> Any:
+        def call(tiles: Tiles, blocks: Blocks, arrays: list[Array], weights: list[Any]) -> Any:
             rows = [Rows(a, of) for a, of in zip(arrays, gathered, strict=True)]
-            return gpu._run(blocks, tiles, rows, weights, join, interpret, beside, **settings)
+            return gpu._run(blocks, tiles, rows, weights, join, interpret, **settings)
 
         return call
 
@@ -55,19 +53,18 @@ def kernels(x: Array, plan: RoutePlan, weights: list[Expert], backward: bool) ->
     if not backward:
         return {"gate, up": (product(gpu._swiglu, (1,)), (blocks, [x], [gates, ups])), "down": down}
     gate_up = product(gpu._swiglu_and_inputs, (1,), outputs=3)
-    swiglu = product(gpu._swiglu_backward, (0,), outputs=3, across=True)
+    across = product(gpu._same, (0,), across=True)
     both = product(gpu._same, (0, 0), scatter=True, across=True)
     return {
         "gate, up": (gate_up, (blocks, [x], [gates, ups])),
-        "gradient of swiglu": (swiglu, (blocks, [x[blocks.pairs]], [downs], (hidden, hidden))),
+        "gradient of h": (across, (blocks, [x[blocks.pairs]], [downs])),
         "gradient of rows": (both, (blocks, [hidden, hidden], [gates, ups])),
-        WEIGHTS: (triton, (blocks, hidden, x[blocks.pairs])),
+        "gradient of weights": (triton, (blocks, hidden, x[blocks.pairs])),
     }
 
 
 def tune_kernels(x: Array, plan: RoutePlan, weights: list[Expert], backward: bool, compiled: Compile) -> None:
-    """Print microseconds and TFLOP/s, padding not counted, of every kernel and its tiles, best first; beside gradients
-    of weights those of `_outer_hopper`, with the largest difference."""
+    """Print microseconds and TFLOP/s, padding not counted, of every kernel and its tiles, best first."""
     flops, known = 2 * plan.slots.shape[0] * weights[0].gate.size, kernels(x, plan, weights, backward)
     height = gpu.tiles_for(plan.slots.shape[0]).rows
     jobs: dict[Any, Any] = {
@@ -75,25 +72,12 @@ def tune_kernels(x: Array, plan: RoutePlan, weights: list[Expert], backward: boo
         for name, (call, arguments) in known.items()
         for tiles in (tiles._replace(rows=height) for tiles in TILES)
     }
-    if backward and jax.default_backend() == "gpu":
-        jobs[WEIGHTS, "hopper"] = (functools.partial(hopper, block=height), known[WEIGHTS][1])
     programs = compiled(jobs)
     calls = {key: functools.partial(program, *jobs[key][1]) for key, program in programs.items()}
     took = {key: seconds_in_a_row(call) for key, call in calls.items()}
     for (name, tiles), seconds in sorted(took.items(), key=lambda row: (row[0][0], row[1])):
         rate = flops * (2 if name in ("gate, up", "gradient of rows") else 1) / seconds / 1e12
         print(f"{name}: {1e6 * seconds:.0f} us, {rate:.0f} TFLOP/s  {tiles}", flush=True)
-    if (WEIGHTS, "hopper") in calls:
-        ours, theirs = calls[WEIGHTS, Tiles(rows=height)](), calls[WEIGHTS, "hopper"]()
-        apart = max(float(jnp.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
-        print(
-            f"hopper differs by {apart:.4g}, largest value {max(float(jnp.abs(a).max()) for a in ours):.4g}", flush=True
-        )
-
-
-def hopper(blocks: Blocks, left: Array, right: Array, block: int) -> Any:
-    """Gradients of weights by `_outer_hopper`."""
-    return outer(blocks.first.astype(jnp.int32), blocks.sizes.astype(jnp.int32), left, right, block)
 
 
 def show_kernels(program: Any, arguments: tuple[Any, ...]) -> None:

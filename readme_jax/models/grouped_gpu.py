@@ -63,14 +63,14 @@ def tiles_for(pairs: int, dtype: Any = jnp.bfloat16) -> Tiles:
     return Tiles() if pairs >= 2048 else Tiles(rows=64, warps=4)
 
 
-def swiglu_tiles(tiles: Tiles) -> Tiles:
-    """Of SwiGLU's gradient, whose other inputs and outputs take registers too, beside kernels of `tiles`."""
-    return tiles._replace(side=1)
+def across_tiles(tiles: Tiles) -> Tiles:
+    """Of products across weights, beside kernels of `tiles`: one wide tile in place of two side by side."""
+    return tiles._replace(columns=tiles.columns * tiles.side, side=1, stages=min(tiles.stages, 3))
 
 
 def outer_tiles(tiles: Tiles) -> Tiles:
-    """Of weights' gradients, whose own rows are tiled, beside a kernel of `tiles`."""
-    return tiles._replace(rows=tiles.columns, warps=8)
+    """Of weights' gradients, whose own rows are tiled, beside kernels of `tiles`."""
+    return tiles._replace(rows=tiles.columns, warps=8, stages=min(tiles.stages, 3))
 
 
 def block_rows(slots: Array, inverse: Array, sizes: Array, rows: int) -> Blocks:
@@ -127,12 +127,12 @@ def _forward(
 def _backward(tiles: Tiles, interpret: bool, saved: Any, dy: Array) -> tuple[Any, ...]:
     x, inverse, experts, blocks, gate, up = saved
     gates, ups, downs = zip(*experts, strict=True)
-    run = functools.partial(_run, blocks, interpret=interpret, across=True)
+    run = functools.partial(_run, blocks, across_tiles(tiles), interpret=interpret, across=True)
     # Sorted once: a kernel whose inner axis is rows would look each up in its loop, where copies could not run ahead.
     x_rows, dy_rows = x[_of(blocks.pairs, inverse.shape[1])], dy[blocks.pairs]
-    joined = swiglu_tiles(tiles)
-    d_gate, d_up, h = run(joined, [Rows(dy_rows)], [downs], _swiglu_backward, beside=(gate, up), outputs=3)
-    (dx,) = run(tiles, [Rows(d_gate), Rows(d_up)], [gates, ups], _same, scatter=True)
+    (dh,) = run([Rows(dy_rows)], [downs], _same)
+    d_gate, d_up, h = (a.astype(x.dtype) for a in _swiglu_gradients(dh, gate, up))
+    (dx,) = run([Rows(d_gate), Rows(d_up)], [gates, ups], _same, scatter=True)
     dx = _covered(dx, blocks).reshape(*inverse.shape, -1).sum(1).astype(x.dtype)
     outer = functools.partial(_outer, blocks, outer_tiles(tiles), interpret)
     # Padding adds nothing: h and the gradients are zero there.
@@ -141,6 +141,14 @@ def _backward(tiles: Tiles, interpret: bool, saved: Any, dy: Array) -> tuple[Any
 
 
 _grouped.defvjp(_forward, _backward)
+
+
+def _swiglu_gradients(dh: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
+    """Gradients of gate and up, and h again, in float32: XLA's one pass over them, which in the kernel of dh would keep
+    its registers from the product."""
+    dh, gate, up = (a.astype(jnp.float32) for a in (dh, gate, up))
+    s = jax.nn.sigmoid(gate)
+    return dh * up * (s * (1 + gate * (1 - s))), dh * gate * s, gate * s * up
 
 
 def _covered(pairs: Array, blocks: Blocks) -> Array:
@@ -157,11 +165,6 @@ def _swiglu(gate: Array, up: Array) -> tuple[Array, ...]:
 
 def _swiglu_and_inputs(gate: Array, up: Array) -> tuple[Array, ...]:
     return (*_swiglu(gate, up), gate, up)
-
-
-def _swiglu_backward(dh: Array, gate: Array, up: Array) -> tuple[Array, ...]:
-    s = jax.nn.sigmoid(gate)
-    return dh * up * (s * (1 + gate * (1 - s))), dh * gate * s, gate * s * up
 
 
 def _same(x: Array) -> tuple[Array, ...]:
@@ -243,13 +246,11 @@ def _run(
     weights: list[Sequence[Array]],
     join: Join,
     interpret: bool,
-    beside: Sequence[Array] = (),
     outputs: int = 1,
     across: bool = False,
     scatter: bool = False,
 ) -> tuple[Array, ...]:
-    """`outputs` arrays [T, columns] or, with `scatter`, of pairs, [M, columns]: `join` of the products' sums and of
-    `beside` [T, columns].
+    """`outputs` arrays [T, columns] or, with `scatter`, of pairs, [M, columns]: `join` of the products' sums.
 
     Rows are multiplied with each of `weights`, which are E arrays [columns, depth] or, `across`, [depth, columns]; of
     several rows the products are summed up. In [T, columns] a block's padding is zeros; blocks of no expert are not
@@ -259,7 +260,9 @@ def _run(
     columns = weights[0][0].shape[1 if across else 0]
     alone = len(weights) == 1 or len(rows) > 1
     tile, parts = _tile(columns, tiles.columns, tiles.side if alone else 1)
-    tiles = tiles._replace(columns=tile, depth=_fitting(depth, tiles.depth))
+    narrow = alone and tile * parts < tiles.columns * tiles.side  # half the sums: half the warps
+    warps = max(4, tiles.warps // 2) if narrow else tiles.warps
+    tiles = tiles._replace(columns=tile, depth=_fitting(depth, tiles.depth), warps=warps)
     height = blocks.covered.shape[0] if scatter else blocks.pairs.shape[0]
     body = functools.partial(
         _rows_kernel,
@@ -287,7 +290,6 @@ def _run(
         blocks.real,
         *(r.array for r in rows),
         *(w for each in weights for w in each),
-        *beside,
     )
 
 
@@ -309,7 +311,7 @@ def _rows_kernel(
 ) -> None:
     """One tile. Groups of row blocks run through all columns together, so that weights stay in the L2 cache."""
     rows_refs, weights = refs[: len(pairs)], refs[len(pairs) : len(pairs) + products * experts]
-    beside, outs = refs[len(pairs) + products * experts : -outputs], refs[-outputs:]
+    outs = refs[-outputs:]
     i, j = _place(expert_ref.shape[0], tiles.group)
     own = pl.ds(i * tiles.rows, tiles.rows)
     here = _side_by_side(j, tiles.columns, parts, columns)
@@ -326,8 +328,7 @@ def _rows_kernel(
         each = len(sums) // parts
         for p, part in enumerate(here):
             mask = part.mask((tiles.rows, tiles.columns), 1)
-            others = (_read(ref, own, part.here, mask).astype(jnp.float32) for ref in beside)
-            for out, value in zip(outs, join(*sums[p * each : (p + 1) * each], *others), strict=True):
+            for out, value in zip(outs, join(*sums[p * each : (p + 1) * each]), strict=True):
                 value = jnp.where(real[:, None], value, 0).astype(out.dtype)
                 if scatter:
                     found = jax.lax.broadcast_in_dim(real, value.shape, (0,))
