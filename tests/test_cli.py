@@ -360,9 +360,7 @@ def test_settings_that_are_no_text(dense_folder, capsys, tmp_path):
 @pytest.mark.parametrize("below", ["", "run"])
 def test_output_that_is_a_file(below, dense_folder, corpus, capsys, tmp_path):
     (tmp_path / "notes").write_text("years of work")
-    code, _, err = called(
-        capsys, *refactoring(tmp_path / "r.gin", dense_folder, corpus, tmp_path / "notes" / below)
-    )
+    code, _, err = called(capsys, *refactoring(tmp_path / "r.gin", dense_folder, corpus, tmp_path / "notes" / below))
     assert code == 2
     one_line(err, "notes is a file")
     assert (tmp_path / "notes").read_text() == "years of work"

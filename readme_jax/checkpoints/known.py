@@ -14,9 +14,7 @@ _LLAMA2_7B = ModelConfig(32000, 4096, 32, num_heads=32, num_kv_heads=32, head_di
 _MISTRAL_7B = ModelConfig(
     32000, 4096, 32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336, sliding_window=4096, max_position=32768
 )
-_TINYLLAMA = ModelConfig(
-    32000, 2048, 22, num_heads=32, num_kv_heads=4, head_dim=64, ffn_dim=5632, max_position=2048
-)
+_TINYLLAMA = ModelConfig(32000, 2048, 22, num_heads=32, num_kv_heads=4, head_dim=64, ffn_dim=5632, max_position=2048)
 
 
 def _smollm2(embed: int, layers: int, heads: int, kv: int, ffn: int, theta: float) -> ModelConfig:

@@ -43,9 +43,7 @@ def unroll(tree: Params) -> dict[str, Any]:
     """An entry a layer and, for parameters, an entry an expert: the inverse of `scan`."""
     tree = _split(tree, "layers", "layers_")
     return {
-        k: _split(v, "experts", "experts_")
-        if k.startswith("layers_") and isinstance(v.get("experts"), Mapping)
-        else v
+        k: _split(v, "experts", "experts_") if k.startswith("layers_") and isinstance(v.get("experts"), Mapping) else v
         for k, v in tree.items()
     }
 

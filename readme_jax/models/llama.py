@@ -71,9 +71,7 @@ def attend(
     )
     written = None
     if ctx.cache is None:
-        out = attention.causal_attention(
-            q, k, v, ctx.positions, config.sliding_window, backend=runtime.attention
-        )
+        out = attention.causal_attention(q, k, v, ctx.positions, config.sliding_window, backend=runtime.attention)
     else:
         assert ctx.positions is not None
         written = attention.write_cache(ctx.cache, layer, k, v)

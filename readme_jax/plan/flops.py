@@ -119,9 +119,7 @@ def _window(attributes: str, count: int) -> list[tuple[int, int, int, int]]:
 
     stride, pad = values("stride", "1"), values("pad", "0_0")
     left, right = values("lhs_dilate", "1"), values("rhs_dilate", "1")
-    return [
-        (int(stride[d]), int(pad[d].split("_")[0]), int(left[d]), int(right[d])) for d in range(count)
-    ]
+    return [(int(stride[d]), int(pad[d].split("_")[0]), int(left[d]), int(right[d])) for d in range(count)]
 
 
 def _pairs(inputs: int, kernel: int, outputs: int, window: tuple[int, int, int, int]) -> int:

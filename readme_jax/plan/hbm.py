@@ -14,11 +14,7 @@ _INSIDE = ("fusion", "reduce", "sort", "scatter", "map", "reduce-window", "selec
 def traffic(program: Program) -> float:
     """Bytes of one run. Of an operand that a fusion slices or updates in place, the slice or the update counts."""
     fused = {
-        name
-        for c in program.computations.values()
-        for i in c.values()
-        if i.opcode in _INSIDE
-        for name in i.called()
+        name for c in program.computations.values() for i in c.values() if i.opcode in _INSIDE for name in i.called()
     }
     total = 0.0
     for computation, i, times in program.each():

@@ -62,7 +62,5 @@ def top_mask(values: jax.Array, k: int | jax.Array) -> jax.Array:
     bottom = _kth(low, rank - _count(high > top))[..., None]
     above, level = (high > top) | (tied & (low > bottom)), tied & (low == bottom)
     missing = rank - _count(above)
-    level = jax.lax.cond(
-        jnp.all(_count(level) == missing), lambda: level, lambda: _first(level, missing)
-    )
+    level = jax.lax.cond(jnp.all(_count(level) == missing), lambda: level, lambda: _first(level, missing))
     return above | level

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from readme_jax import config
+from readme_jax.compiling import kept_if_loaded_quickly
 from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
 from readme_jax.errors import ReadMeError
 from readme_jax.memory import trim
@@ -263,7 +264,9 @@ class Tuner:
 
     def _compile(self, stage: Stage, step: Step, *arguments: Any) -> None:
         """The stage's compiled step. What compiling has left behind is given back before the first step needs room."""
-        self.programs[stage] = step.update.lower(*arguments).compile()
+        p = self.parts
+        with kept_if_loaded_quickly(p.model.num_layers if p.runtime.layout == "unrolled" else 1):
+            self.programs[stage] = step.update.lower(*arguments).compile()
         trim()
 
     def _hold(self, stage: Stage, progress: Progress, state: TrainState) -> None:

@@ -184,4 +184,3 @@ def test_overlap_share():
     scores = np.array([[[[3.0, 1, 1], [0, 2, 2]]], [[[0, 1, 1], [0, 1, 2]]]])
     assert distill.overlap_share(np.array([[0, 2]]), scores) == 1.0
     assert distill.overlap_share(np.array([[0, 1]]), scores) == 0.5
-

@@ -111,9 +111,7 @@ def test_expert_loss_is_next_token_and_teacher_cross_entropy(mesh, dense, cut, b
     own = log_p(params, mixture, plan_batch(jnp.zeros((*tokens.shape, 1), int), 1))
     soft = np.exp(log_p(dense, None, None))
     text = -np.take_along_axis(own, batch["tokens"][:, 1:, None], axis=-1).mean()
-    np.testing.assert_allclose(
-        metrics["loss"], (1 - share) * text - share * (soft * own).sum(-1).mean(), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["loss"], (1 - share) * text - share * (soft * own).sum(-1).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "scanned"])

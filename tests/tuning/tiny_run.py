@@ -1,6 +1,6 @@
 """A whole tuning run of a tiny random model on byte tokens, which can be told to die: run as a script by test_resume.
 
-    python tiny_run.py FOLDER [--die-at STEP] [--die-saving STEP] [--term-at STEP]
+python tiny_run.py FOLDER [--die-at STEP] [--die-saving STEP] [--term-at STEP]
 """
 
 from __future__ import annotations

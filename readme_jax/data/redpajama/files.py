@@ -54,9 +54,7 @@ def find_sources(folder: Path, wanted: tuple[str, ...] = ()) -> dict[str, list[P
     listed = _listed(folder / URLS, names)
     found = {name: _from_list(folder, listed[name]) if listed.get(name) else _below(folder, name) for name in names}
     missing = [str(path) for files in found.values() for path in files if not path.is_file()]
-    missing += [
-        f"{SOURCES[name].whole} (or {SOURCES[name].sample})" for name, files in found.items() if not files
-    ]
+    missing += [f"{SOURCES[name].whole} (or {SOURCES[name].sample})" for name, files in found.items() if not files]
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         names_ = ", ".join(m.removeprefix(f"{folder}/") for m in missing[:NAMED])
