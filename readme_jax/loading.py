@@ -5,7 +5,7 @@ No host holds more than a part of a tensor beside what its devices keep, and no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,26 @@ class Stack:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         first, *rest = index
         return np.stack([part.view[tuple(rest)] for part in self.parts[first]])
+
+
+class LayerByLayer(Mapping[str, Any]):
+    """A dense model's parameters (unrolled, float32), each read from its files onto a mesh whenever it is asked for.
+
+    On the devices is what the caller holds: of a model that is cut, a layer.
+    """
+
+    def __init__(self, opened: Opened, mesh: Any) -> None:
+        self.tensors, self.mesh = opened.tensors, mesh
+        self.table = backbone_table(opened.config, None, "unrolled")
+
+    def __getitem__(self, name: str) -> Any:
+        return load_on_mesh(self.tensors, {name: self.table[name]}, self.mesh)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
 
 
 def dense_on_mesh(opened: Opened, layout: Layout, mesh: Any) -> Dense:

@@ -17,8 +17,8 @@ import numpy as np
 from readme_jax import config
 from readme_jax.checkpoints.hf import Dense, open_dense
 from readme_jax.checkpoints.mixture import Mixture, open_mixture, save_mixture
-from readme_jax.config import MixtureConfig, RouterConfig
-from readme_jax.loading import dense_on_mesh, load_on_mesh
+from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
+from readme_jax.loading import LayerByLayer, load_on_mesh
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.router import config_for, start_router
@@ -49,11 +49,11 @@ def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], 
     """Cut the mixture and start the router. `dense` is on the run's mesh, under which this runs; calibration tokens
     [n, T] are of each domain.
 
-    Of several processes the first reads the dense model anew onto its own devices and cuts it there, a layer at a time;
-    cut layers go to the host, from where the others read their parts.
+    Of several processes the first cuts on its own devices, onto which it reads a layer of the dense model at a time;
+    cut layers go to its memory, and from there through files to the others, which read their parts.
     """
     if jax.process_count() == 1:
-        cut = _cut(run, dense, calibration, runtime)
+        cut = _cut(run, to_layout(dense.params, "unrolled"), dense.config, calibration, runtime)
         shardings = shard_table(backbone_table(dense.config, cut.mixture, runtime.layout), mesh)
         return cut._replace(params=place(to_layout(cut.params, runtime.layout), shardings))
     folder = Path(run.output) / SLICES
@@ -63,8 +63,8 @@ def start(run: config.Run, dense: Dense, calibration: Mapping[str, np.ndarray], 
     if lead():
         alone = make_mesh(config.Mesh(), jax.local_devices())
         with jax.set_mesh(alone):
-            own = dense_on_mesh(open_dense(run.model.checkpoint), "unrolled", alone)
-            cut = _cut(run, own, calibration, runtime, keep=_on_host)
+            layers = LayerByLayer(open_dense(run.model.checkpoint), alone)
+            cut = _cut(run, layers, dense.config, calibration, runtime, keep=_on_host)
         params, channels, router = (_on_host(t) for t in (cut.params, cut.channels, cut.router))
         about = {"facts": cut.facts}
         saved = (dense.config, cut.mixture, params, channels, cut.router_config, router, dense.tokenizer, about)
@@ -90,16 +90,16 @@ def _on_host(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cut(
     run: config.Run,
-    dense: Dense,
+    params: Mapping[str, Any],
+    model: ModelConfig,
     calibration: Mapping[str, np.ndarray],
     runtime: Runtime,
     keep: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Start:
     with meter("slice", sum(t.size for t in calibration.values())) as tick:
-        unrolled = to_layout(dense.params, "unrolled")
-        sliced = convert(unrolled, dense.config, calibration, run.slice, runtime, tick, keep)
+        sliced = convert(params, model, calibration, run.slice, runtime, tick, keep)
     trim()
-    router_config = config_for(run.router, dense.config, sliced.mixture.num_experts)
+    router_config = config_for(run.router, model, sliced.mixture.num_experts)
     _, key = jax.random.split(jax.random.key(run.seed))  # the first half is the run's own: resume.random_key
-    router = start_router(key, router_config, dense.params["embed"])
+    router = start_router(key, router_config, params["embed"])
     return Start(sliced.mixture, sliced.params, sliced.channels, router_config, router, sliced.facts)

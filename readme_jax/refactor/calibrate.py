@@ -1,4 +1,4 @@
-"""What the feed-forward channels of a dense model do on a domain's text, streamed: no activation is kept.
+"""What the feed-forward channels of a dense model do on a domain's text, streamed: no activation of theirs is kept.
 
 # B batch, T length, D model width, F dense FFN width, L layers
 """
@@ -34,20 +34,21 @@ def cast(p: Params, runtime: Runtime) -> Any:
     return jax.tree.map(lambda w: w.astype(runtime.dtype), dict(p))
 
 
-@partial(jax.jit, static_argnames=("config", "runtime"), donate_argnums=(0,))
-def _accumulate(sums: jax.Array, params: Params, tokens: jax.Array, config: ModelConfig, runtime: Runtime) -> jax.Array:
-    """Add sum |a| and sum a^2 of tokens [B, T] to sums [2, L, F], one dense forward without logits."""
-    ctx = prepare(config, tokens)
-    x = embed_tokens(params["embed"].astype(runtime.dtype), tokens)
-    added = []
-    for i in range(config.num_layers):
-        p = cast(params[f"layers_{i}"], runtime)
-        x, _ = attend(p, config, runtime, x, ctx)
-        a = activations(p["ffn"], rms_norm(x, p["ffn_norm"], config.norm_eps))
-        wide = a.astype(jnp.float32)
-        added.append(jnp.stack([jnp.abs(wide).sum((0, 1)), (wide * wide).sum((0, 1))]))
-        x = x + linear(a, p["ffn"]["down"])
-    return sums + jnp.stack(added, axis=1)
+@partial(jax.jit, static_argnames=("config", "runtime"), donate_argnums=(0, 2))
+def _accumulate(
+    sums: jax.Array, p: Params, x: jax.Array, config: ModelConfig, runtime: Runtime
+) -> tuple[jax.Array, jax.Array]:
+    """Add a layer's sum |a| and sum a^2 over residual streams x [B, T, D] to sums [2, F]; the streams after it."""
+    p = cast(p, runtime)
+    x, _ = attend(p, config, runtime, x, prepare(config, jnp.zeros(x.shape[:2], jnp.int32)))
+    a = activations(p["ffn"], rms_norm(x, p["ffn_norm"], config.norm_eps))
+    wide = a.astype(jnp.float32)
+    return sums + jnp.stack([jnp.abs(wide).sum((0, 1)), (wide * wide).sum((0, 1))]), x + linear(a, p["ffn"]["down"])
+
+
+@partial(jax.jit, static_argnames=("runtime",))
+def _embedded(embed: jax.Array, tokens: jax.Array, runtime: Runtime) -> jax.Array:
+    return embed_tokens(embed.astype(runtime.dtype), tokens)
 
 
 def batches(tokens: np.ndarray, size: int) -> Iterable[np.ndarray]:
@@ -58,10 +59,19 @@ def batches(tokens: np.ndarray, size: int) -> Iterable[np.ndarray]:
 def channel_statistics(
     params: Params, config: ModelConfig, runtime: Runtime, tokens: np.ndarray, batch: int, tick: Tick = lambda n: None
 ) -> ChannelStatistics:
-    """Statistics of one domain over calibration tokens [n, T], `batch` rows at a time. Runs under a mesh."""
-    sums = jnp.zeros((2, config.num_layers, config.ffn_dim), jnp.float32)
-    for rows in batches(tokens, batch):
-        sums = _accumulate(sums, params, rows, config, runtime)
-        tick(rows.size)
-    absolute, square = np.asarray(sums) / tokens.size
+    """Statistics of one domain over calibration tokens [n, T], `batch` rows at a time. Runs under a mesh.
+
+    Layer by layer, each asked for once; residual streams wait at its door (n * T * D values).
+    """
+    embed = params["embed"]
+    streams = [_embedded(embed, rows, runtime) for rows in batches(tokens, batch)]
+    del embed
+    sums = []
+    for layer in range(config.num_layers):
+        p, found = params[f"layers_{layer}"], jnp.zeros((2, config.ffn_dim), jnp.float32)
+        for i, x in enumerate(streams):
+            found, streams[i] = _accumulate(found, p, x, config, runtime)
+            tick(x.shape[0] * x.shape[1] // config.num_layers)
+        sums.append(np.asarray(found))
+    absolute, square = np.stack(sums, axis=1) / tokens.size
     return ChannelStatistics(absolute, np.sqrt(square))

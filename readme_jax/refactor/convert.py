@@ -49,7 +49,8 @@ def convert(
     as refactor/groups.py says for `num_experts`.
 
     `calibration` holds tokens [n, T] of each domain. Runs under a mesh. `tick` is told of tokens read; `keep` is given
-    each layer once it is cut, and may move it: no two cut layers need lie on the devices at a time.
+    each layer once it is cut, and may move it. Of `params` a layer is asked for at a time (`loading.LayerByLayer`), so
+    that no more than two dense layers and one cut one need lie on the devices.
     """
     width = max(1, round(settings.width * model.ffn_dim))
     grouping = group_text(calibration, settings)
@@ -95,12 +96,12 @@ def _masks_by_statistics(
     }
     masks = np.zeros((model.num_layers, len(groups), model.ffn_dim), bool)
     for layer in range(model.num_layers):
-        down = np.asarray(params[f"layers_{layer}"]["ffn"]["down"])
+        down = None if settings.score == "mean_abs" else np.asarray(params[f"layers_{layer}"]["ffn"]["down"])
         for e, group in enumerate(groups):
             shares = np.array([calibration[d].size for d in group], np.float64)
             mean_abs = np.average([of[d].mean_abs[layer] for d in group], axis=0, weights=shares)
             square = np.average([of[d].rms[layer] ** 2 for d in group], axis=0, weights=shares)
-            scores = mean_abs if settings.score == "mean_abs" else select.rmsw(np.sqrt(square), down)
+            scores = mean_abs if down is None else select.rmsw(np.sqrt(square), down)
             masks[layer, e] = select.top_channels(scores, width)
     return masks
 

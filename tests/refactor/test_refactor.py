@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from readme_jax import config
+from readme_jax.checkpoints.hf import Dense, open_dense, save_dense
 from readme_jax.errors import ConfigError
+from readme_jax.loading import LayerByLayer
 from readme_jax.models.experts import plan_batch
 from readme_jax.models.llama import Llama
 from readme_jax.models.runtime import Runtime
@@ -330,6 +332,24 @@ def test_layers_may_leave_the_devices_as_they_are_cut(params, calibration, refit
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(layers))
     jax.tree.map(np.testing.assert_array_equal, sliced.params, want)
     assert len(held) == MODEL.num_layers > 1 and max(held) == held[0]
+
+
+@pytest.mark.parametrize(("score", "refit_kind"), [("mean_abs", "none"), ("rmsw", "one_shot"), ("obs", "sequential")])
+def test_a_model_read_layer_by_layer_is_cut_alike(params, calibration, tmp_path, score, refit_kind):
+    """On the devices is no other layer than that which is looked at."""
+    save_dense(tmp_path / "dense", Dense(MODEL, jax.tree.map(np.array, params), None))
+    cut = config.Slice(score=score, refit=refit_kind, permanent=False)
+    want = jax.tree.map(np.array, convert(params, MODEL, calibration, cut, RUNTIME).params)
+    gate, held = params["layers_0"]["ffn"]["gate"].shape, []
+    before = {id(x) for x in jax.live_arrays()}
+
+    def count(_):
+        held.append(sum(x.shape == gate and id(x) not in before for x in jax.live_arrays()))
+
+    layers = LayerByLayer(open_dense(tmp_path / "dense"), jax.sharding.get_mesh())
+    sliced = convert(layers, MODEL, calibration, cut, RUNTIME, count, partial(jax.tree.map, np.array))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, sliced.params), want)
+    assert max(held) == 2 < 2 * MODEL.num_layers, "gate and up of one layer"
 
 
 def test_tied_experts_cannot_be_refitted():
