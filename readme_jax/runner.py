@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from readme_jax.loading import dense_on_mesh
 from readme_jax.memory import trim
 from readme_jax.models.layout import to_layout
 from readme_jax.models.runtime import Runtime, runtime_for
+from readme_jax.models.sizes import dense_parameters
 from readme_jax.models.weights import router_table
 from readme_jax.parallel.distributed import lead
 from readme_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -43,6 +44,7 @@ from readme_jax.tuning.journal import Journal, NoJournal
 from readme_jax.tuning.rounds import Parts, Progress, Tuner
 from readme_jax.tuning.routes import DomainRoutes, LayerwiseRoutes, RouterRoutes, routes_of
 from readme_jax.tuning.schedule import STAGES, Position, Stage, check_same, schedule_of
+from readme_jax.tuning.stages import reads_dense
 from readme_jax.tuning.step import place, shard_table
 
 WINDOW = 1024  # tokens of a validation window, or the sequence length where that is shorter
@@ -60,7 +62,7 @@ class Setting:
     output: Path
     mesh: Any
     runtime: Runtime
-    dense: Dense  # parameters on the mesh, in the runtime's layout
+    dense: Dense  # parameters on the mesh, in the runtime's layout; none where no stage reads them (`reads_dense`)
     corpus: Corpus
     validation: dict[str, np.ndarray]  # windows [n, T] a domain
     store: Store
@@ -99,6 +101,8 @@ def execute(run: config.Run, resume: bool = True, dense: Mapping[str, float] | N
         setting = prepare(run, output, mesh, store, began)
         if meta is None:
             meta = slice_dense(setting, dense)
+        if not reads_dense(run):
+            setting = replace(setting, dense=replace(setting.dense, params={}))
         trim()
         parts, progress = take_up(setting, meta)
         tune(setting, meta, parts, progress, fresh=done is None)
@@ -248,7 +252,7 @@ def finish(s: Setting, meta: dict[str, Any], parts: Parts, progress: Progress) -
             "router": schedule.rounds * schedule.router * run.router_stage.batch * length,
             "expert": schedule.rounds * schedule.experts * run.expert_stage.batch * length,
         },
-        "parameters": count_parameters(s.dense.params, progress, parts),
+        "parameters": count_parameters(progress, parts),
     }
     if parts.mixture.num_experts > 1:
         summary |= use_of_experts(s, evaluator, parts, progress, losses)
@@ -275,25 +279,22 @@ def use_of_experts(
     return known | {"oracle": geometric_mean(matrix.oracle.values())}
 
 
-def count_parameters(dense: Any, progress: Progress, parts: Parts) -> dict[str, int]:
+def count_parameters(progress: Progress, parts: Parts) -> dict[str, int]:
     """Parameters, padding left out, of the dense model, of the mixture, of what one token runs, and of the router."""
-
-    def size(tree: Any) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
     def channels(part: str) -> int:
         layers = to_layout(parts.channels, "unrolled").values()
         return sum(int((np.asarray(layer[part]) < model.ffn_dim).sum()) for layer in layers)
 
     model, mixture = parts.model, parts.mixture
-    whole, channel = size(dense), 3 * model.embed_dim
+    whole, channel = dense_parameters(model), 3 * model.embed_dim
     outside = whole - channel * model.ffn_dim * model.num_layers
     permanent, own = channels("permanent"), channels("experts")
     return {
         "dense": whole,
         "total": whole if mixture.tied else outside + channel * (permanent + own),
         "active": outside + channel * (permanent + own * mixture.top_k // mixture.num_experts),
-        "router": size(progress.router),
+        "router": sum(leaf.size for leaf in jax.tree.leaves(progress.router)),
     }
 
 

@@ -96,15 +96,22 @@ def abstract_frozen(run: config.Run, shapes: Shaped, stage: Stage, mesh: Any) ->
     return {"backbone": abstract_backbone(shapes, shapes.mixture if tuned else None, mesh), "channels": channels}
 
 
+def reads_dense(run: config.Run) -> bool:
+    """Whether a stage reads the dense model; where none does, a run lets go of it once its slices are cut."""
+    objective, layerwise = run.router_stage.objective, run.router.kind == "layerwise"
+    return objective in ("overlap", "released") or layerwise or run.expert_stage.distill > 0
+
+
 def abstract_beside(run: config.Run, shapes: Shaped, stage: Stage, mesh: Any) -> list[dict[str, Any]]:
     """What a run keeps on the mesh during a stage whose step does not take it: the dense model, the tuned backbone."""
     dense, tuned = (abstract_backbone(shapes, mixture, mesh) for mixture in (None, shapes.mixture))
+    kept = [dense] if reads_dense(run) else []
     if stage == "experts":
-        return [] if run.expert_stage.distill else [dense]
+        return [] if run.expert_stage.distill else kept
     if run.router_stage.objective == "expert_loss":
-        return [dense]
+        return kept
     if run.router_stage.objective == "domain" and shapes.router.kind != "layerwise":
-        return [dense, tuned]
+        return [*kept, tuned]
     return [tuned] if run.router_stage.targets == "original" else [dense, tuned]  # merged, the step's is a third
 
 

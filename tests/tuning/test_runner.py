@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -85,3 +86,24 @@ def test_dense_slice_is_the_same_run_with_one_expert(run):
     assert "matrix" not in summary and summary["parameters"]["total"] < summary["parameters"]["dense"]
     assert {line["stage"] for line in read_metrics(run.output)} == {"experts"}
     assert summary["geo_mean"]["tuned"] < summary["geo_mean"]["sliced"] / 4
+
+
+class Reached(Exception):
+    """The run came to its tuning."""
+
+
+@pytest.mark.parametrize(("objective", "matrices"), [("domain", 0), ("overlap", 2 * MODEL.num_layers)])
+def test_the_dense_model_leaves_the_devices_where_no_stage_reads_it(run, monkeypatch, objective, matrices):
+    """Gate and up of its layers are alive during tuning for an objective that needs them alone."""
+    before, alive = {id(x) for x in jax.live_arrays()}, []
+
+    def tune(*_, **__):
+        gc.collect()
+        shape = (MODEL.ffn_dim, MODEL.embed_dim)
+        alive.append(sum(x.shape == shape and id(x) not in before for x in jax.live_arrays()))
+        raise Reached
+
+    monkeypatch.setattr(runner, "tune", tune)
+    with pytest.raises(Reached):
+        runner.execute(replace(run, router_stage=replace(run.router_stage, objective=objective)))
+    assert alive == [matrices]
