@@ -1,4 +1,4 @@
-"""The README's tables show what the committed results hold."""
+"""The tables of the README and of docs/performance.md show what the committed results hold."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def results(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def table(heading: str) -> list[list[str]]:
+def table(heading: str, document: str = "README.md") -> list[list[str]]:
     """The rows of the table whose first line begins so, without emphasis."""
-    text = (ROOT / "README.md").read_text()
-    lines = text[text.index(f"| {heading}") :].split("\n\n")[0].splitlines()[2:]
+    text = (ROOT / document).read_text()
+    lines = text[text.index(f"\n| {heading}") + 1 :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -80,13 +80,62 @@ def test_training_and_segments():
 
 
 def test_decode_on_a_gpu():
-    rows = {(r["case"], r["batch"]): r for r in results("gpu_decode")["rows"]}
-    for name, ms, over_dense, over_limit in table("decode, Llama-2-7B"):
-        case, batch = re.fullmatch(r"(one|seven) experts?, batch (\d+)", name).groups()
-        held = rows[case, int(batch)]
-        assert float(ms) == pytest.approx(held["ms"], rel=0.005), name
-        shown = [float(over_dense), float(over_limit)]
-        assert shown == pytest.approx([held["over_dense"], held["over_limit"]], abs=0.0051), name
+    rows = {(r["experts"], r["experts_present"], r["batch"], r["peer"]): r for r in results("gpu_decode")["rows"]}
+    kinds = {"one expert": ("one", 1), "seven experts": ("mixed", 7)}
+    for name, ms, *ratios in table("decode, Llama-2-7B"):
+        kind, batch = re.fullmatch(r"(.*), batch (\d+)", name).groups()
+        dense, limit = (rows[*kinds[kind], int(batch), peer] for peer in ("own_dense", "limit"))
+        assert float(ms) == pytest.approx(dense["ms"], rel=0.005), name
+        assert [float(ratio) for ratio in ratios] == pytest.approx([dense["ratio"], limit["ratio"]], abs=0.0051), name
+
+
+PERFORMANCE = "docs/performance.md"
+MIXED = "real routes, ms (experts present)"
+
+
+def test_decode_in_the_docs():
+    rows = {(r["experts"], r["batch"], r["peer"]): r for r in results("gpu_decode")["rows"]}
+    peers = {"dense": "own_dense", "transformers, eager": "transformers_eager"}
+    peers |= {"transformers, compiled": "transformers_compiled", "its limit": "limit", "their limit": "limit"}
+    case = "dense"
+    for name, *cells in table("| batch 1 | 8 | 32 |", PERFORMANCE):
+        case = {"one expert, ms": "one", MIXED: "mixed"}.get(name, case)
+        for cell, batch in zip(cells, (1, 8, 32, 64, 128, 256), strict=True):
+            if not cell:
+                continue
+            peer = "own_dense" if ", ms" in name else peers[name.split("over ")[1]]
+            held = rows[case, batch, peer]
+            if ", ms" in name:
+                assert float(cell.split(" ")[0]) == pytest.approx(held["ms"], rel=0.005), (name, batch)
+                assert name != MIXED or cell.endswith(f"({held['experts_present']})"), batch
+            else:
+                assert float(cell) == pytest.approx(held["ratio"], abs=0.0051), (name, batch)
+
+
+def test_grouped_kernels_in_the_docs():
+    timed = [r for r in results("gpu_grouped")["rows"] if "rows" in r]
+    held = {(r["rows"], r["pass"], r["experts"], r["backend"]): r for r in timed}
+    columns = ((1, "kernel"), (4, "kernel"), (4, "static"), (7, "kernel"), (7, "static"), (7, "ragged"))
+    for rows, name, *cells in table("rows | pass | one expert", PERFORMANCE):
+        for cell, column in zip(cells, columns, strict=True):
+            row = held.get((int(rows), name.replace("forward and backward", "forward_backward"), *column))
+            assert cell == (f"{row['ratio']:.2f}" if row else ""), (rows, name, column)
+
+
+def test_gpu_training_and_slots_in_the_docs():
+    held = {(r["case"], r["layout"]): r for r in results("gpu_training")["rows"]}
+    shown = table("| tokens/s | MFU |", PERFORMANCE)
+    for case, (name, *cells) in zip(("dense_slice", "seven", "dense"), shown, strict=True):
+        for layout, (speed, mfu, ratio) in (("unrolled", cells[:3]), ("scanned", cells[3:])):
+            row = held[case, layout]
+            assert speed == f"{row['tokens_per_s'] / 1e3:.0f}k", name
+            assert [float(mfu), float(ratio)] == pytest.approx([row["mfu"], row["ratio"]], abs=0.0051), name
+    slots = {(r["slots"], r["staging"]): r for r in results("gpu_decode_slots")["rows"]}
+    for k, *cells in table("k | no buffer", PERFORMANCE):
+        for staging, each in enumerate((cells[:3], cells[3:])):
+            row = slots.get((int(k), staging))
+            values = (f"{row['held_bytes'] / 1e9:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['loads']}") if row else ()
+            assert each == [*values] or not any([*values, *each]), k
 
 
 def test_simulated_serving():
