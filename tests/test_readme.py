@@ -138,6 +138,16 @@ def test_gpu_training_and_slots_in_the_docs():
             assert each == [*values] or not any([*values, *each]), k
 
 
+def test_quality_against_tokens_in_the_docs():
+    held = {(r["recipe"], r["tokens"]): r["geo_mean"] for r in results("gpu_quality")["rows"]}
+    tokens = (0, 100_000, 1_000_000, 4_000_000, 16_000_000, 64_000_000)
+    known = {recipe: [held.get((recipe, n)) for n in tokens] for recipe in ("best", "dense_slice_refit", "dense")}
+    best, slice_, ratio, dense = (cells for _, *cells in table("tuning tokens", PERFORMANCE))
+    for shown, recipe in ((best, "best"), (slice_, "dense_slice_refit"), (dense, "dense")):
+        assert shown == [f"{found:.2f}" if found else "" for found in known[recipe]], recipe
+    assert ratio == [f"{a / b:.3f}" for a, b in zip(known["best"], known["dense_slice_refit"], strict=True)]
+
+
 def test_simulated_serving():
     held = results("batching")["ratios"]
     rows = {(r["resident"], r["trace"], r["load"]): r for r in held if r["router"] == "label"}

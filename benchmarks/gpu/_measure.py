@@ -48,16 +48,17 @@ def held(name: str) -> list[Row]:
 
 def merge(main: str, names: Sequence[str], key: Callable[[Row], Any]) -> list[Row]:
     """Add rows of other results, as of two processes on two GPUs, to those of `main`, and write them in the order of
-    `key`. Of equal keys the first of `main` and `names` counts."""
-    runs = {}
+    `key`. Of equal keys the first of `main` and `names` counts. Commit and machine are those of the last of `names`."""
+    runs, about = {}, {}
     for name in names:
         if not held(name):
             raise SystemExit(f"no rows in results/{name}.json")
         result = json.loads((RESULTS / f"{name}.json").read_text())
         runs[name] = f"{result['commit']}: {result['command']}"
+        about = {each: result[each] for each in ("commit", "machine")}  # not where rows are put together
     rows = {key(row): row for name in reversed([main, *names]) for row in held(name)}
     order = [rows[each] for each in sorted(rows)]
-    write_results(main, runs=runs, rows=order)
+    write_results(main, **about, runs=runs, rows=order)
     return order
 
 

@@ -28,6 +28,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from _arms import ARMS, CORPUS, arm_run
@@ -53,6 +54,10 @@ from readme_jax.tuning.stages import build_step
 from readme_jax.tuning.step import Step, build_expert_step, learning_rate, round_peak
 
 RECIPES = ("dense", *ARMS)
+LABELS = {"dense": "dense, tuned", "best": "experts, tuned (best)", "paper": "the paper's recipe"} | {
+    "dense_slice": "dense slice, tuned",
+    "dense_slice_refit": "dense slice, our score and refit, tuned",
+}
 TOKENS = (100_000, 1_000_000, 4_000_000, 16_000_000, 64_000_000)
 BATCHES = {100_000: 2, 1_000_000: 8}  # sequences of a step for budgets up to so many tokens; 16 for larger ones
 RATES = {"dense": 2e-4, "dense_slice": 5e-4, "dense_slice_refit": 3e-4, "best": 3e-4, "paper": 5e-5}
@@ -213,7 +218,7 @@ def plot(rows: list[Row], path: Path) -> None:
         if sizes:
             best = [at_best_rate([r for r in mine if r["tokens"] == size]) for size in sizes]
             found = [[r["geo_mean"] for r in at] for at in best]
-            (line,) = axis.plot(sizes, [float(np.mean(f)) for f in found], "o-", label=name)
+            (line,) = axis.plot(sizes, [float(np.mean(f)) for f in found], "o-", label=LABELS[name])
             axis.fill_between(
                 sizes, [min(f) for f in found], [max(f) for f in found], color=line.get_color(), alpha=0.2
             )
@@ -221,7 +226,12 @@ def plot(rows: list[Row], path: Path) -> None:
         if row["recipe"] == "dense" and row["tokens"] == 0:
             axis.axhline(row["geo_mean"], color="grey", linestyle="--", label="dense, untuned")
     axis.set(xscale="log", yscale="log", xlabel="tuning tokens", ylabel="validation perplexity, geometric mean")
-    axis.grid(alpha=0.3, which="both")
+    budgets = sorted({r["tokens"] for r in rows} - {0})
+    axis.set_xticks(budgets, [f"{n / 1e6:g}M" if n >= 1e6 else f"{n / 1e3:g}k" for n in budgets])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.4, 1.6, 2.0, 2.4, 2.8, 3.2, 4.0, 5.0, 6.0, 8.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
