@@ -190,10 +190,11 @@ class ExpertCache:
             load: seconds to bring one expert in.
 
         Returns:
-            The swap, or None (always without staging, where waves need every slot). Its victim has left already;
-            `finish_swap` makes the expert resident. One at a time.
+            The swap, or None (always without staging, where waves need every slot, and with one resident, whose leaving
+            would let nothing run but what streams). Its victim has left already; `finish_swap` makes the expert
+            resident. One at a time.
         """
-        if self.all_resident or not self.staging or self.swapping is not None:
+        if self.all_resident or not self.staging or self.swapping is not None or self._mask.bit_count() < 2:
             return None
         outside = [e for e in range(self.experts) if not self._mask >> e & 1]
         expert = max(outside, key=lambda e: (waiting[e], -e))

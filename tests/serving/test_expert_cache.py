@@ -130,6 +130,11 @@ def test_swap_waits_until_waiting_outweighs_its_victim() -> None:
         cache.finish_swap()
 
 
+def test_the_only_resident_is_not_swapped_away() -> None:
+    cache = ExpertCache(4, 1, staging=1)
+    assert cache.swap([0, 0, 9.0, 9.0], [1.0, 0, 0, 0], load=0.1) is None and cache.resident == {0}
+
+
 def test_batch_that_needs_the_expert_being_swapped_finishes_the_swap() -> None:
     cache = ExpertCache(4, 2, staging=1)
     cache.swap([0, 0, 1.0, 0], [3.0, 1.0, 1.0, 0.0], load=0.1)

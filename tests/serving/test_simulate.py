@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from readme_jax.errors import ConfigError
-from readme_jax.serving.cost import CostModel, Device, LayerCost, Shape
+from readme_jax.serving.cost import DEVICES, SHAPES, CostModel, Device, LayerCost, Shape
 from readme_jax.serving.expert_cache import ExpertCache
 from readme_jax.serving.loop import Logged
 from readme_jax.serving.rollout import queue_future, roll_out
@@ -141,7 +141,7 @@ def test_prefetch_and_staging_never_slow_a_run() -> None:
 
 
 def test_swaps_run_in_idle_link_time() -> None:
-    swapping, _ = serve("lookahead", slots=1, staging=1, count=60)
+    swapping, _ = serve("lookahead", slots=2, staging=1, count=60)
     assert swapping.swaps > 0 and swapping.moved == sum(swapping.misses) + swapping.swaps
 
 
@@ -167,3 +167,16 @@ def test_queue_future_is_what_the_batch_leaves() -> None:
 def test_requests_that_no_row_can_take_are_an_error() -> None:
     with pytest.raises(ConfigError, match="0 rows"):
         simulate(requests(1), make_scheduler("decode_first", 8), ExpertCache(4, 0), MODEL, Setup(rows=0))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_a_streaming_buffer_does_not_make_long_runs_of_one_expert_slower(slots: int) -> None:
+    """Requests that keep to an expert each. Of one slot a background swap would leave nothing to run but streams."""
+    model = CostModel(SHAPES["llama2_7b"], DEVICES["h100"])
+    asked = [Request(i, 0.0, 64, 64, ((i,),) * 128) for i in range(4)]
+
+    def seconds(staging: int) -> float:
+        scheduler = make_scheduler("lookahead", 256, model.costs(), 7)
+        return max(s.done for s in simulate(asked, scheduler, ExpertCache(7, slots, staging), model).served)
+
+    assert seconds(staging=1) < 1.05 * seconds(staging=0)
