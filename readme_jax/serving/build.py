@@ -20,6 +20,7 @@ from readme_jax.serving.buckets import Limits, limits_for
 from readme_jax.serving.calls import Caller
 from readme_jax.serving.cost import Costs
 from readme_jax.serving.expert_cache import ExpertCache
+from readme_jax.serving.footprint import check_room
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.residency import Residency
 from readme_jax.serving.sampling import Samplings
@@ -38,7 +39,9 @@ def build_engine(cls: type[E], model: Dense | Mixture, settings: config.Serving,
     runtime = runtime_for(config.Model(compute_dtype=settings.compute_dtype))
     mesh = mesh_of(settings.mesh)
     store = ExpertStore(model, slots_of(model, settings, runtime.dtype), settings.staging, runtime.dtype, mesh)
-    caller = Caller(Programs(model, store, limits_of(model, settings), runtime), residency_of(store, settings))
+    programs = Programs(model, store, limits_of(model, settings), runtime)
+    check_room(programs)
+    caller = Caller(programs, residency_of(store, settings))
     experts = max(store.num_experts, 1)
     costs = options.pop("costs", None)
     if settings.scheduler == "lookahead" and costs is None:

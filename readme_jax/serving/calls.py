@@ -66,8 +66,9 @@ class Caller:
         self.streams.restore()
 
     def empty(self) -> None:
-        """An empty cache."""
+        """An empty cache, whose memory is that of the one before: there may be no room for two."""
         self._rest: Generator[None, None, State] | None = None
+        vars(self).pop("state", None)
         self.state = self.programs.new_state()
         self._samplings = Samplings.of([GREEDY] * self.limits.rows)
         self._routed: dict[int, Routed] = {}

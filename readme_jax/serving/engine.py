@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -360,6 +361,7 @@ class Engine:
         self._stepping = False
         for live in self._loop.abandon():
             live.end("error", _failure(error))
+        traceback.clear_frames(error.__traceback__)  # which hold the step's caches
         self._caller.reset()
 
     def _take_in(self, live: Live, cancelled: bool) -> None:

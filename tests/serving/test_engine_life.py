@@ -18,15 +18,19 @@ from fake_programs import COSTS, Ticks
 from tiny_shape import TINY
 
 from readme_jax import config
+from readme_jax.errors import ConfigError
+from readme_jax.serving import footprint as footprints
 from readme_jax.serving.buckets import Limits
-from readme_jax.serving.build import residency_of
+from readme_jax.serving.build import measure, residency_of
 from readme_jax.serving.calls import Caller
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.footprint import Metered, device_bytes, footprint
 from readme_jax.serving.live import Live
+from readme_jax.serving.passes import PrefillPass
 from readme_jax.serving.programs import KEPT
 from readme_jax.serving.request import Request, SamplingParams
 from readme_jax.serving.scheduler import make_scheduler
+from readme_jax.serving.state import State
 from readme_jax.serving.store import ExpertStore
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -36,10 +40,17 @@ EXPERTS, ROWS, LENGTH, CHUNK = 7, 8, 64, 8
 
 
 class Watched(Metered):
-    """Programs that remember the memory kinds of their array arguments, and the most bytes handed over from NumPy."""
+    """Programs that remember the memory kinds of their array arguments, the most bytes handed over from NumPy, and how
+    many were alive on the device with each new state."""
 
     kinds: set[str | None]
     handed = 0
+    begun: list[int]
+
+    def new_state(self) -> State:
+        state = super().new_state()
+        self.begun.append(device_bytes() - self.before)
+        return state
 
     def program(self, name: str, *sizes: int) -> Callable[..., Any]:
         program = super().program(name, *sizes)
@@ -70,7 +81,7 @@ def make_engine(tiny_model, tiny_tokenizer):
         serving = config.Serving(**{**settings, **chosen})
         store = ExpertStore(model, serving.slots, serving.staging)
         programs = Watched(model, store, Limits(ROWS, LENGTH, chunks=(CHUNK,), decode=(ROWS,)))
-        programs._programs, programs.before, programs.kinds = compiled, before, set()
+        programs._programs, programs.before, programs.kinds, programs.begun = compiled, before, set(), []
         scheduler = make_scheduler(serving.scheduler, serving.budget, COSTS, EXPERTS)
         caller = Caller(programs, residency_of(store, serving))
         return Engine(caller, scheduler, serving, WIDE.vocab_size, tiny_tokenizer, clock=Ticks())
@@ -142,3 +153,38 @@ def test_peak_memory_and_where_arguments_lie(make_engine, slots, staging, ahead)
     assert engine.stats().loads > 100
     assert needed.total < programs.peak <= 1.05 * needed.total
     assert programs.kinds == {"device"} and 0 < programs.handed < 4096
+
+
+@pytest.mark.parametrize("slots", [3, EXPERTS])
+def test_caches_are_held_once(make_engine, monkeypatch, slots):
+    """Also where costs were measured, and after a step that failed halfway: its traceback knows the caches."""
+    engine = make_engine(slots=slots, staging=1)
+    programs, needed = engine._caller.programs, footprint(engine._caller.programs)
+    measure(engine._caller)
+    assert engine._caller.state.position.tolist() == [0] * ROWS
+    finished = PrefillPass.finish
+    monkeypatch.setattr(PrefillPass, "finish", lambda *_: 1 / 0)
+    engine.start()
+    prompt = Request([1, 2, 3], SamplingParams(max_tokens=3))
+    assert engine.submit(prompt).result().finish_reason == "error"
+    monkeypatch.setattr(PrefillPass, "finish", finished)
+    assert engine.submit(prompt).result().finish_reason in ("stop", "length")
+    engine.stop()
+    assert engine.stats().failures == 1
+    assert len(programs.begun) == 3 and max(programs.begun) < needed.total + 0.1 * needed.caches
+
+
+def test_what_does_not_fit_the_device_is_refused(tiny_model, monkeypatch):
+    """Before anything is compiled; what fits by a byte is served."""
+    model, settings = tiny_model("top1"), config.Serving(rows=4, length=64, chunk=8, slots=2, staging=1)
+    engine = Engine.build(model, settings, costs=COSTS)
+    most = footprint(engine._caller.programs).most
+    engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=3)))
+    run_out(engine)
+    alive = jax.tree.leaves((engine._caller.state, engine._caller.programs.weights))
+    assert sum({x.unsafe_buffer_pointer(): x.nbytes for x in alive}.values()) < most
+    monkeypatch.setattr(footprints, "device_room", lambda mesh: most)
+    Engine.build(model, settings, costs=COSTS)
+    monkeypatch.setattr(footprints, "device_room", lambda mesh: most - 1)
+    with pytest.raises(ConfigError, match=r"GB of device memory.* 4 rows of 64 tokens.*lower Serving.rows, length"):
+        Engine.build(model, settings, costs=COSTS)
