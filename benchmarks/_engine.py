@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,10 @@ def make_asks(model: Mixture, count: int, seed: int) -> list[Ask]:
 
 
 def run(server: Serves, asks: list[Ask], settings: config.Serving, stretch: float) -> dict[str, Any]:
-    """Serve all requests; `stretch` their arrivals. Figures as in batching.json, and whether the simulation agrees."""
+    """Serve all requests; `stretch` their arrivals. Figures as in batching.json, and whether the simulation agrees.
+
+    Raises SystemExit with the reason at the first request that fails.
+    """
     log: list[Logged] = []
     engine = server.engine(settings, log)
     handles: list[Any] = []
@@ -176,6 +180,8 @@ def run(server: Serves, asks: list[Ask], settings: config.Serving, stretch: floa
 
     def listen(number: int) -> Any:
         def heard(event: Event) -> None:
+            if event.finish_reason == "error":  # the engine lets it through, as it would not an Exception
+                raise SystemExit(f"request {number} of {len(asks)} failed: {sys.exception() or event.error}")
             now = time.monotonic()
             first.setdefault(number, now)
             last[number] = now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from readme_jax.serving.build import measure, residency_of, slots_of
 from readme_jax.serving.calls import Caller
 from readme_jax.serving.cost import Costs
 from readme_jax.serving.engine import Engine
+from readme_jax.serving.footprint import check_room, device_room, footprint
 from readme_jax.serving.loop import Logged
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.request import Request, SamplingParams
@@ -29,18 +31,21 @@ from readme_jax.serving.store import ExpertStore
 
 
 class Served:
-    """A scripted mixture, its programs, and engines over them. Experts' weights wait in pinned host memory."""
+    """A scripted mixture, its programs, and engines over them, one at a time. All layers' weights wait in pinned host
+    memory. Raises ConfigError before anything is compiled where the device has no room."""
 
     def __init__(self, c: ModelConfig, experts: np.ndarray, limits: Limits) -> None:
         model = model_of(c, EXPERTS)
         assert isinstance(model, Mixture)
         self.experts, self.limits = experts, limits
-        self.model = _experts_on_host(scripted(model, experts))
+        self.model = _layers_on_host(scripted(model, experts))
         del model
         gc.collect()
         self.runtime = replace(runtime_for(config.Model(compute_dtype="bfloat16")), decode="kernel", segments="kernel")
         store = ExpertStore(self.model, dtype=self.runtime.dtype)
         self.programs = Programs(self.model, store, limits, self.runtime)
+        self._engine: weakref.ref[Engine] | None = None
+        self._check_room()
         compile_side_by_side(self.programs, lambda key: True)
         self.costs = measure(Caller(self.programs, residency_of(store, self.settings("decode_first"))))
 
@@ -61,19 +66,35 @@ class Served:
         )
 
     def engine(self, settings: config.Serving, log: list[Logged]) -> Engine:
-        """An engine of a store of its own, which takes the place of the last one's."""
+        """An engine of a store of its own, which takes the place of the last one's: let go of that engine first."""
         self.programs.store = None  # type: ignore[assignment]  # its experts leave the device first
         gc.collect()
+        if self._engine is not None and self._engine() is not None:
+            raise RuntimeError("the last engine is alive: its caches and experts beside new ones do not fit")
         store = ExpertStore(
             self.model, slots_of(self.model, settings, self.runtime.dtype), settings.staging, self.runtime.dtype
         )
         self.programs.store = store
+        self._check_room()
         compile_side_by_side(self.programs, lambda key: True)
         residency = residency_of(store, settings)
         costs = Costs(self.costs.fixed, self.costs.token, self.costs.expert, residency.load_seconds or 0.0)
         scheduler = make_scheduler(settings.scheduler, settings.budget, costs, store.num_experts)
         caller = Caller(self.programs, residency)
-        return Engine(caller, scheduler, settings, self.model.config.vocab_size, None, step_log=log.append)
+        engine = Engine(caller, scheduler, settings, self.model.config.vocab_size, None, step_log=log.append)
+        self._engine = weakref.ref(engine)
+        return engine
+
+    def _check_room(self) -> None:
+        needed, room = footprint(self.programs), device_room(self.programs.mesh)
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needed._asdict().items())
+        of = "" if room is None else f" of {room / 1e9:.1f}"
+        print(f"predicted: {needed.most / 1e9:.1f}{of} GB: {parts}; temporaries beside", flush=True)
+        check_room(self.programs)
+
+    def temporaries(self) -> int:
+        """Bytes of the compiled call that takes most beside its arguments and results."""
+        return max(p.memory_analysis().temp_size_in_bytes for p in self.programs._programs.values())  # type: ignore[attr-defined]
 
     def prompt(self, place: int, tokens: int) -> list[int]:
         """A prompt at a place of the script; its answer goes on from there."""
@@ -85,13 +106,12 @@ class Served:
         return sum({x.unsafe_buffer_pointer(): x.nbytes for x in alive}.values())
 
 
-def _experts_on_host(model: Mixture) -> Mixture:
+def _layers_on_host(model: Mixture) -> Mixture:
+    """Programs have weights of their own on the device, some of them fused."""
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     params = dict(model.params)
     for i in range(model.config.num_layers):
-        layer = dict(params[f"layers_{i}"])
-        layer |= {f"experts_{e}": jax.device_put(layer[f"experts_{e}"], host) for e in range(EXPERTS)}
-        params[f"layers_{i}"] = jax.block_until_ready(layer)
+        params[f"layers_{i}"] = jax.block_until_ready(jax.device_put(params[f"layers_{i}"], host))
     return replace(model, params=params)
 
 

@@ -12,10 +12,13 @@ gpu_replay.json.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
 import numpy as np
@@ -30,8 +33,11 @@ from _replay import ROUTERS, TRACES
 from _report import RESULTS, show_rows
 
 from readme_jax import config
+from readme_jax.errors import ConfigError
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
+from readme_jax.serving.engine import Engine
+from readme_jax.serving.footprint import footprint
 from readme_jax.serving.loop import Logged
 from readme_jax.serving.traffic import Arrival, load_streams, load_trace
 
@@ -46,10 +52,11 @@ class Logging:
 
     def __init__(self, served: Served) -> None:
         self.served, self.log = served, list[Logged]()
+        self.last: Engine | None = None
 
-    def engine(self, settings: config.Serving, log: list[Logged]) -> Any:
-        """An engine, see `Served.engine`."""
-        self.log = log
+    def engine(self, settings: config.Serving, log: list[Logged]) -> Engine:
+        """An engine in the place of the last one, see `Served.engine`."""
+        self.log, self.last = log, None
         self.last = self.served.engine(settings, log)
         return self.last
 
@@ -70,6 +77,7 @@ def window(trace: list[Arrival], count: int, seed: int, length: int, vocabulary:
 def run(server: Logging, asks: list[Ask], settings: config.Serving, stretch: float, link: float) -> dict[str, Any]:
     """Figures of `_engine.run`, and the steps' seconds against their limits."""
     found = _engine.run(server, asks, settings, stretch)
+    assert server.last is not None
     costs, store = server.served.costs, server.last._caller.residency.store
     tokens = np.array([sum(count for _, _, count in step.chunks) for step in server.log])
     busy = sum(step.seconds for step in server.log)
@@ -81,6 +89,8 @@ def run(server: Logging, asks: list[Ask], settings: config.Serving, stretch: flo
         "transfer_seconds": transfer,
         "over_limit": busy / max(compute, transfer),
         "throughput": sum(ask.output for ask in asks) / found["seconds"],
+        "predicted_bytes": footprint(server.served.programs).most,
+        "in_use_bytes": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0),
     }
 
 
@@ -91,7 +101,8 @@ def replay(results: Rows, args: argparse.Namespace, router: str, began: float) -
     server = Logging(Served(c, script(load_streams(RESULTS / "routes.npz", ROUTERS[router]), c.vocab_size), limits))
     link = arrival_rate(512)
     print(
-        f"ready after {time.perf_counter() - began:.0f} s; {server.served.costs}; link {link / 1e9:.1f} GB/s",
+        f"ready after {time.perf_counter() - began:.0f} s; {server.served.costs}; link {link / 1e9:.1f} GB/s; "
+        f"temporaries {server.served.temporaries() / 1e9:.1f} GB",
         flush=True,
     )
     rate = args.rate
@@ -140,7 +151,7 @@ def main() -> None:
     parser.add_argument("--on_demand", nargs="*", default=[], choices=SCHEDULERS, help="also without prefetching")
     parser.add_argument("--slots", type=int, nargs="+", default=[0], help="experts a layer on the device; 0: all")
     parser.add_argument("--staging", type=int, default=1, help="experts that stream beside the slots")
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=24, help="with 24 and 4096 tokens 88 GB")
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
     parser.add_argument("--longest", type=int, default=512, help="answer")
     parser.add_argument("--chunks", type=int, nargs="+", default=[256, 2048])
@@ -158,7 +169,10 @@ def main() -> None:
     results = Rows(args.name, layers=args.layers, window_seconds=args.seconds, rows_of_cache=args.rows)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         for router in args.routers:
-            replay(results, args, router, began)
+            try:
+                replay(results, args, router, began)
+            except ConfigError as error:
+                raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
