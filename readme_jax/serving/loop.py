@@ -162,7 +162,8 @@ class Loop:
         return lost
 
     def step(self, began: float | None = None) -> bool:
-        """Dispatch the next step and read the one before it; False when there was neither. `began`: now, by `clock`."""
+        """Dispatch the next step and read the one before it; False when there was neither, nor a sequence that made
+        room for a later step. `began`: now, by `clock`."""
         began, started = self.clock() if began is None else began, time.perf_counter()
         self._preempted, self._arrived = [], False
         calls_before = self.caller.seconds
@@ -174,7 +175,7 @@ class Loop:
         if not self.ahead:
             self._read(flight)
         self._compact()
-        if not batch.chunks and not before:
+        if not batch.chunks and not before and not self._preempted:
             return False
         ended = self.clock()
         for chunk in batch.chunks:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_programs import FakeModel, fake_engine
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from readme_jax import config
@@ -44,7 +44,12 @@ def prompts(rng: random.Random, count: int, longest: int = 30) -> list[list[int]
     return [[rng.randrange(256) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
 
 
+ROOM_MAKER = {"scheduler": "algorithm1", "slots": 0, "staging": 0, "policy": "belady", "ahead": False}
+ROOM_MAKER |= {"rows": 4, "page_size": 3, "chunk": 1, "budget": 1}  # a step that does nothing but preempt
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@example(chosen=ROOM_MAKER, top_k=1, load_seconds=None, pages=0.0, seed=6)
 @given(
     chosen=st.fixed_dictionaries(
         {
@@ -69,8 +74,8 @@ def test_tokens_do_not_depend_on_what_else_runs(chosen, top_k, load_seconds, pag
         chosen["slots"] = 2
     least, most = -(-64 // chosen["page_size"]), -(-64 * chosen["rows"] // chosen["page_size"])
     model = FakeModel(top_k=top_k)
-    chosen["pages"] = least + int(pages * (most - least))
-    engine, rng = fake_engine(serving(**chosen), model, load_seconds=load_seconds), random.Random(seed)
+    held = least + int(pages * (most - least))
+    engine, rng = fake_engine(serving(**chosen, pages=held), model, load_seconds=load_seconds), random.Random(seed)
     asked = []
     for prompt in prompts(rng, 12):
         params = SamplingParams(max_tokens=rng.randrange(1, 20), temperature=rng.choice([0, 1]), seed=rng.randrange(9))
@@ -80,6 +85,7 @@ def test_tokens_do_not_depend_on_what_else_runs(chosen, top_k, load_seconds, pag
         if rng.random() < 0.2:
             rng.choice(asked)[2].cancel()
     run_out(engine)
+    assert_nothing_left(engine)
     for prompt, params, handle in asked:
         done = handle.result()
         wanted = model.generate(prompt, params.max_tokens, (params.temperature, params.seed))
@@ -88,7 +94,6 @@ def test_tokens_do_not_depend_on_what_else_runs(chosen, top_k, load_seconds, pag
         assert len(done.tokens) == params.max_tokens or done.finish_reason == "cancelled"
         routes = [model.route([*prompt, *wanted[: i + 1]]) for i in range(len(done.tokens))]
         assert list(done.experts) == routes
-    assert_nothing_left(engine)
 
 
 def test_residents_change_in_the_background_for_those_who_wait():
