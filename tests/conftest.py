@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ LONGEST = (
     "tuning/test_resume.py",
     "test_cli.py",
 )
+CACHE = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.1}
 TINY_EXPERTS = 3
 # name -> (permanent part, tied, experts a token)
 MIXTURES = {
@@ -47,6 +49,19 @@ MIXTURES = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Programs that several tests build alike are compiled once, by whichever worker needs one first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    for name, value in (CACHE | {"jax_compilation_cache_dir": str(folder)}).items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_run import ROUTER, cut_at_random, dense_params  # noqa: E402
 
-CACHE = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0}
-
 
 class Cut(NamedTuple):
     mixture: MixtureConfig
@@ -35,18 +33,6 @@ def mesh() -> Iterator[jax.sharding.Mesh]:
     one = make_mesh(config.Mesh(), jax.devices()[:1])
     with jax.set_mesh(one):
         yield one
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Steps that several tests build alike are compiled once."""
-    folder = tmp_path_factory.mktemp("compiled")
-    before = {name: getattr(jax.config, name) for name in CACHE}
-    for name, value in (CACHE | {"jax_compilation_cache_dir": str(folder)}).items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")
