@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,9 +51,10 @@ def _embedded(embed: jax.Array, tokens: jax.Array, runtime: Runtime) -> jax.Arra
     return embed_tokens(embed.astype(runtime.dtype), tokens)
 
 
-def batches(tokens: np.ndarray, size: int) -> Iterable[np.ndarray]:
-    """Rows of tokens [n, T] in batches of `size`; the last may be smaller."""
-    return (tokens[i : i + size] for i in range(0, len(tokens), size))
+def residual_streams(params: Params, runtime: Runtime, tokens: np.ndarray, batch: int) -> list[jax.Array]:
+    """Tokens [n, T] before the first layer: [B, T, D] of each batch of `batch` rows; the last may have fewer."""
+    embed = params["embed"]
+    return [_embedded(embed, tokens[i : i + batch], runtime) for i in range(0, len(tokens), batch)]
 
 
 def channel_statistics(
@@ -63,10 +64,7 @@ def channel_statistics(
 
     Layer by layer, each asked for once; residual streams wait at its door (n * T * D values).
     """
-    embed = params["embed"]
-    streams = [_embedded(embed, rows, runtime) for rows in batches(tokens, batch)]
-    del embed
-    sums = []
+    streams, sums = residual_streams(params, runtime, tokens, batch), []
     for layer in range(config.num_layers):
         p, found = params[f"layers_{layer}"], jnp.zeros((2, config.ffn_dim), jnp.float32)
         for i, x in enumerate(streams):

@@ -18,7 +18,7 @@ from readme_jax import config
 from readme_jax.config import MixtureConfig, ModelConfig
 from readme_jax.models.runtime import Runtime
 from readme_jax.refactor import refit, select
-from readme_jax.refactor.calibrate import Tick, batches, channel_statistics
+from readme_jax.refactor.calibrate import Tick, channel_statistics, residual_streams
 from readme_jax.refactor.groups import group_text
 from readme_jax.refactor.slice import lay_out, slice_layer
 
@@ -142,8 +142,7 @@ class _Layerwise:
         return np.stack(masks), downs
 
     def _start(self, params: Params, domain: str) -> list[jax.Array]:
-        embed = jnp.asarray(params["embed"], self.runtime.dtype)
-        return [embed[rows] for rows in batches(self.calibration[domain], self.settings.calibration_batch)]
+        return residual_streams(params, self.runtime, self.calibration[domain], self.settings.calibration_batch)
 
     def _observe(self, p: Params, group: list[str]) -> select.Moments:
         moments = refit.no_moments(self.model)
