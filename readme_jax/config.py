@@ -249,10 +249,12 @@ class ExpertStage(Validated):
     lr: float = 5e-5
     accumulate: int = 1  # micro-batches a step
     distill: float = 0.0  # share of the loss that matches the dense model's logits
+    share: float = 0.0  # weight of other experts' gradients on channels that both were cut from
 
     def check(self) -> None:
         self.require(self.steps >= 0, "steps", "zero or more")
         self.require(0.0 <= self.distill <= 1.0, "distill", "in [0, 1]")
+        self.require(0.0 <= self.share <= 1.0, "share", "in [0, 1]")
         self.positive("batch", "lr", "accumulate")
         self.require(self.batch % self.accumulate == 0, "accumulate", f"a divisor of batch {self.batch}")
 

@@ -72,7 +72,7 @@ SETTINGS = (
     "Slice.align = 128",
 )  # scanned: compiles soon
 MAIN = "gpu_quality"
-Wanted = tuple[str, int, int, float]  # recipe, tokens, seed, learning rate
+Wanted = tuple[str, int, int, float, float]  # recipe, tokens, seed, learning rate, ExpertStage.share
 
 
 def batch_of(tokens: int) -> int:
@@ -88,7 +88,7 @@ def rate_of(name: str, tokens: int) -> float:
 
 def key_of(row: Row) -> Wanted:
     """What a row is of; an untuned model has no rate."""
-    return row["recipe"], row["tokens"], row["seed"], row.get("lr", 0.0)
+    return row["recipe"], row["tokens"], row["seed"], row.get("lr", 0.0), row.get("share", 0.0)
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Arm:
     router: Any
     domains: int
     evaluator: Evaluator
-    steps: dict[tuple[Stage, int], Step] = field(default_factory=dict)
+    steps: dict[tuple[Stage, int, float], Step] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)  # by seed, where tuned before the experts
 
 
@@ -124,8 +124,8 @@ def cut(s: Setting, name: str, run: config.Run, calibration: Mapping[str, np.nda
 class Trainer:
     """Stages of an arm, as `tuning.rounds.Tuner` runs them, on programs that all of its rows share."""
 
-    def __init__(self, s: Setting, arm: Arm, corpus: Corpus, seed: int) -> None:
-        self.s, self.arm, self.corpus, self.seed = s, arm, corpus, seed
+    def __init__(self, s: Setting, arm: Arm, corpus: Corpus, seed: int, share: float) -> None:
+        self.s, self.arm, self.corpus, self.seed, self.share = s, arm, corpus, seed, share
 
     def tune(self, tokens: int, batch: int, lr: float) -> tuple[Any, Any, int]:
         """Backbone, router, and tokens spent on experts."""
@@ -175,9 +175,9 @@ class Trainer:
 
     def _step(self, stage: Stage, batch: int) -> Step:
         arm, run = self.arm, self.arm.run
-        key = (stage, batch)
+        key = (stage, batch, self.share)
         if key not in arm.steps:
-            experts = replace(run.expert_stage, steps=LONG, batch=batch, accumulate=1)
+            experts = replace(run.expert_stage, steps=LONG, batch=batch, accumulate=1, share=self.share)
             run = replace(run, expert_stage=experts, router_stage=replace(run.router_stage, steps=LONG, batch=batch))
             if arm.parts is None:
                 arm.steps[key] = build_expert_step(
@@ -247,6 +247,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=8, help="after which no row is begun")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="of the learning rate, a row each")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0], help="ExpertStage.share of `best`, a row")
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all recipes")
     parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
@@ -259,8 +260,9 @@ def rows_wanted(args: argparse.Namespace) -> list[Wanted]:
     """What is asked for and not yet measured, each recipe's default rates first."""
     done = {key_of(row) for name in {MAIN, args.name} for row in held(name)}
     asked = [
-        (name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"))
+        (name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"), share)
         for name in args.recipes
+        for share in (args.shares if name == "best" else [0.0])
         for factor in args.factors
         for seed in args.seeds
         for tokens in args.tokens
@@ -304,16 +306,16 @@ def rows_of(results: Rows, s: Setting, name: str, wanted: list[Wanted], args: An
         channels = None if arm.parts is None else arm.parts.channels
         start_ = arm.evaluator.domains(arm.backbone, s.validation, None if arm.parts is None else routes, channels)
         add(results, name, 0, 0, perplexities(start_), 0.0)
-    for _, tokens, seed, lr in wanted:
+    for _, tokens, seed, lr, share in wanted:
         batch = batch_of(tokens)
-        expected = predicted(name, tokens, False, ("experts", batch) in arm.steps)
+        expected = predicted(name, tokens, False, ("experts", batch, share) in arm.steps)
         if time.perf_counter() - began + expected > 60 * args.minutes:
             print(f"{name} {tokens} seed {seed}: {expected:.0f} s do not fit into what is left", flush=True)
             continue
         at = time.perf_counter()
-        backbone, router, spent = Trainer(s, arm, s.corpus, seed).tune(tokens, batch, lr)
+        backbone, router, spent = Trainer(s, arm, s.corpus, seed, share).tune(tokens, batch, lr)
         found = evaluate(s, arm, backbone, router)
-        add(results, name, tokens, seed, found, time.perf_counter() - at, spent=spent, lr=lr, batch=batch)
+        add(results, name, tokens, seed, found, time.perf_counter() - at, spent=spent, lr=lr, batch=batch, share=share)
 
 
 def add(
@@ -327,12 +329,13 @@ def add(
 def table(wanted: list[Wanted]) -> None:
     """Predicted seconds of each row, and in all."""
     total, seen = 0.0, set[Any]()
-    for name, tokens, seed, lr in wanted:
+    for name, tokens, seed, lr, share in wanted:
         batch = batch_of(tokens)
-        seconds = predicted(name, tokens, name not in seen and name != "dense", (name, batch) in seen)
-        seen |= {name, (name, batch)}
+        seconds = predicted(name, tokens, name not in seen and name != "dense", (name, batch, share) in seen)
+        seen |= {name, (name, batch, share)}
         total += seconds
-        print(f"{name:18} {tokens:>11,} seed {seed} lr {lr:g}  {seconds:5.0f} s, {total / 60:5.1f} min in all")
+        about = f"{name:18} {tokens:>11,} seed {seed} lr {lr:g} share {share:g}"
+        print(f"{about}  {seconds:5.0f} s, {total / 60:5.1f} min in all")
 
 
 if __name__ == "__main__":

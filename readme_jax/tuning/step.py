@@ -32,11 +32,13 @@ from readme_jax.parallel.placing import put
 from readme_jax.tuning import distill
 from readme_jax.tuning.layerwise import layerwise_loss
 from readme_jax.tuning.routes import LayerwiseRoutes, Routes, gated
+from readme_jax.tuning.sharing import share_gradients
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]  # tokens [B, T] int32, domain [B] int32
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Any, Batch, Params], tuple[jax.Array, Metrics]]  # parameters, micro-batch, frozen -> mean loss
+Mixing = Callable[[Any, Params], Any]  # gradients, frozen -> those that the optimizer is given
 
 MICRO_TOKENS = 16384  # a device at a time, in router tuning, whose targets need a dense forward pass
 
@@ -147,7 +149,13 @@ def moment_shardings(adamw: optax.GradientTransformation, moments: Any, params: 
 
 
 def build_step(
-    table: Table, loss: Loss, tuning: Tuning, steps: int, mesh: Any, micro: Callable[[int, int], int]
+    table: Table,
+    loss: Loss,
+    tuning: Tuning,
+    steps: int,
+    mesh: Any,
+    micro: Callable[[int, int], int],
+    mixing: Mixing = lambda gradients, _: gradients,
 ) -> Step:
     """A jitted AdamW step on the weights of `table`.
 
@@ -170,7 +178,7 @@ def build_step(
         metrics, gradients = accumulated(loss, state.params, batch, frozen, micro(*batch["tokens"].shape))
         lr = learning_rate(peak, state.step, steps, tuning.warmup)
         with jax.named_scope("optimizer"):
-            changes, moments = adamw.update(gradients, state.moments, state.params)
+            changes, moments = adamw.update(mixing(gradients, frozen), state.moments, state.params)
             params = jax.tree.map(lambda p, c: p - lr * c, state.params, changes)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "lr": lr}
         return TrainState(params, moments, state.step + 1), metrics
@@ -250,8 +258,13 @@ def build_expert_step(
         weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)  # the last token has no next one
         return lm_loss(hidden, head_weight(params), targets, weights, teacher, stage.distill), {}
 
+    def mixing(gradients: Any, frozen: Params) -> Any:
+        if not stage.share or mixture is None or mixture.tied or mixture.num_experts == 1:
+            return gradients
+        return share_gradients(gradients, frozen["channels"], model.ffn_dim, stage.share)
+
     table = backbone_table(model, mixture, runtime.layout)
-    return build_step(table, loss, tuning, stage.steps, mesh, lambda *_: stage.accumulate)
+    return build_step(table, loss, tuning, stage.steps, mesh, lambda *_: stage.accumulate, mixing)
 
 
 # --- router tuning ------------------------------------------------------------------------------------------------
