@@ -1,10 +1,15 @@
-"""Expert steps on one GPU, bf16 with float32 masters: `python benchmarks/gpu/training.py`.
+"""Training steps on one GPU, bf16 with float32 masters: `python benchmarks/gpu/training.py`.
 
 SmolLM2-135M's shape at sequence 1024, random weights: seven experts of half the width that own their rows (sequences
 of different experts in a batch), the dense slice of the same arithmetic, and the dense model. MFU: 6 FLOPs an active
 weight and token and causal attention, over the bf16 matmul rate of the same run. Layers scanned, then unrolled, which
-compiles for longer. `--profile` adds where a step's time goes: kernels by part of the model, forward and backward
-together, and the longest of them.
+compiles for longer.
+
+`router_domain` and `router_overlap` are the step of Table 1's router by the text's domain and by Eq. 4, which runs the
+dense model forward: the latter also over one such forward pass, its head left out, as Eq. 4 needs none.
+
+`--profile` adds where a step's time goes: kernels by part of the model, forward and backward together, and the longest
+of them.
 """
 
 from __future__ import annotations
@@ -19,41 +24,93 @@ from typing import Any
 
 import jax
 import numpy as np
-from _measure import Rows, compiled, matmul_rate, random_weights
+from _measure import Rows, compiled, matmul_rate, random_weights, seconds_in_a_row
 from _profile import device_seconds, scopes
 
 from readme_jax.checkpoints.known import shape_of
-from readme_jax.config import ExpertStage, Layout, Mesh, MixtureConfig, Model, ModelConfig, Tuning
-from readme_jax.models.runtime import runtime_for
+from readme_jax.config import (
+    ExpertStage,
+    Layout,
+    Mesh,
+    MixtureConfig,
+    Model,
+    ModelConfig,
+    Objective,
+    Router,
+    RouterStage,
+    Tuning,
+)
+from readme_jax.models.llama import Llama
+from readme_jax.models.router import config_for
+from readme_jax.models.runtime import Runtime, runtime_for
 from readme_jax.models.sizes import TRAINING, forward_flops
 from readme_jax.parallel.mesh import make_mesh, put_batch
 from readme_jax.tuning.routes import DomainRoutes
-from readme_jax.tuning.step import build_expert_step
+from readme_jax.tuning.step import (
+    Step,
+    abstract_weights,
+    backbone_table,
+    build_expert_step,
+    build_router_step,
+    shard_table,
+)
 
 SMOLLM2 = shape_of("smollm2-135m")
-CASES = {"dense_slice": MixtureConfig(1, 768), "seven": MixtureConfig(7, 768), "dense": None}
+SEVEN = MixtureConfig(7, 768)
+BACKBONES = {"dense_slice": MixtureConfig(1, 768), "seven": SEVEN, "dense": None}
+ROUTERS: dict[str, Objective] = {"router_domain": "domain", "router_overlap": "overlap"}
+CASES = (*BACKBONES, *ROUTERS)
 SCOPES = ("attention", "feed_forward", "loss", "optimizer")
 PEAK = np.float32(1e-4)
 
 
+def expert_step(c: ModelConfig, name: str, runtime: Runtime, batch: int, mesh: Any) -> tuple[Step, dict[str, Any]]:
+    """A step of a backbone, and what it reads and does not train."""
+    mixture = BACKBONES[name]
+    step = build_expert_step(c, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
+    if mixture is None:
+        return step, {}
+    channels: dict[str, Any] = {layer: {} for layer in layers_of(c, runtime.layout)}
+    return step, {"channels": channels, "routes": DomainRoutes(mixture.num_experts)}
+
+
+def router_step(c: ModelConfig, name: str, runtime: Runtime, batch: int, mesh: Any) -> tuple[Step, dict[str, Any]]:
+    """A step of the router, and what it reads and does not train."""
+    stage, router = RouterStage(objective=ROUTERS[name], batch=batch), config_for(Router(), c, SEVEN.num_experts)
+    step = build_router_step(c, SEVEN, router, runtime, stage, Tuning(), mesh)
+    if stage.objective == "domain":
+        return step, {}
+    table = backbone_table(c, None, runtime.layout)
+    shardings = shard_table(table, mesh)
+    own = np.random.default_rng(1).random((c.num_layers, SEVEN.num_experts, c.ffn_dim)).argsort(axis=-1)
+    rows = own[..., : SEVEN.expert].astype(np.int32)  # which ones does not change what a step costs
+    each = [rows] if runtime.layout == "scanned" else list(rows)
+    channels = {layer: {"experts": r} for layer, r in zip(layers_of(c, runtime.layout), each, strict=True)}
+    return step, {"backbone": random_weights(abstract_weights(table, shardings), shardings), "channels": channels}
+
+
+def layers_of(c: ModelConfig, layout: Layout) -> list[str]:
+    """Names of layers in a tree of weights."""
+    return ["layers"] if layout == "scanned" else [f"layers_{i}" for i in range(c.num_layers)]
+
+
 class Case:
-    """A compiled expert step of random weights and one batch."""
+    """A compiled training step of random weights and one batch."""
 
     def __init__(self, c: ModelConfig, name: str, layout: Layout, batch: int, length: int, mesh: Any) -> None:
-        mixture, runtime = CASES[name], runtime_for(Model(compute_dtype="bfloat16", layout=layout))
+        runtime = runtime_for(Model(compute_dtype="bfloat16", layout=layout))
+        build = router_step if name in ROUTERS else expert_step
         with jax.set_mesh(mesh):
-            step = build_expert_step(c, mixture, runtime, ExpertStage(batch=batch), Tuning(), mesh)
-            self.frozen: dict[str, Any] = {}
-            if mixture is not None:
-                layers = ["layers"] if layout == "scanned" else [f"layers_{i}" for i in range(c.num_layers)]
-                self.frozen["channels"] = {layer: {} for layer in layers}
-                self.frozen["routes"] = DomainRoutes(mixture.num_experts)
+            self.step, self.frozen = build(c, name, runtime, batch, mesh)
             tokens = np.random.default_rng(0).integers(0, c.vocab_size, (batch, length), dtype=np.int32)
-            domain = (np.arange(batch) % (mixture.num_experts if mixture else 1)).astype(np.int32)
+            domain = (np.arange(batch) % SEVEN.num_experts).astype(np.int32)
             self.batch = put_batch({"tokens": tokens, "domain": domain}, mesh)
-            arguments = (step.abstract, self.batch, self.frozen, PEAK)
-            self.program = compiled(lambda: step.update.lower(*arguments), f"{layout} {name}")
-        self.step = step
+            arguments = (self.step.abstract, self.batch, self.frozen, PEAK)
+            self.program = compiled(lambda: self.step.update.lower(*arguments), f"{layout} {name}")
+            if "backbone" in self.frozen:
+                forward = jax.jit(lambda params, tokens: Llama(c, None, runtime).apply({"params": params}, tokens)[0])
+                dense = (self.frozen["backbone"], self.batch["tokens"])
+                self.forward = compiled(lambda: forward.lower(*dense), f"{layout} dense forward")
 
     def start(self) -> None:
         """Random weights on the device."""
@@ -75,6 +132,10 @@ class Case:
             times.append((time.perf_counter() - began) / steps)
         return statistics.median(times)
 
+    def forward_seconds(self) -> float:
+        """Of the dense model's forward pass over the batch."""
+        return seconds_in_a_row(lambda: self.forward(self.frozen["backbone"], self.batch["tokens"]), least=0.3)
+
 
 def profile(results: Rows, about: Mapping[str, Any], case: Case, steps: int = 3) -> None:
     """Milliseconds of a step's kernels by scope, and the longest kernels."""
@@ -92,15 +153,20 @@ def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespa
     with jax.set_mesh(mesh):
         for name, case in zip(args.cases, cases, strict=True):
             case.start()
-            took, mixture = case.seconds(args.steps), CASES[name]
+            took = case.seconds(args.steps)
             speed = args.batch * args.length / took
-            base = speed if name == "dense_slice" else base
-            width = mixture.expert if mixture else SMOLLM2.ffn_dim
-            mfu = speed * TRAINING * forward_flops(c, width, args.length) / results.about["matmul_rate"]
-            ratio = {"ratio": speed / base} if base else {}
+            more: dict[str, float] = {}
+            if name in BACKBONES:
+                base, mixture = speed if name == "dense_slice" else base, BACKBONES[name]
+                flops = forward_flops(c, mixture.expert if mixture else c.ffn_dim, args.length)
+                more["mfu"] = speed * TRAINING * flops / results.about["matmul_rate"]
+                more |= {"ratio": speed / base} if base else {}
+            elif "backbone" in case.frozen:
+                forward = case.forward_seconds()
+                more |= {"over_dense_forward": took / forward, "dense_forward_ms": 1e3 * forward}
             temp = case.program.memory_analysis().temp_size_in_bytes / 2**30
             about = {"layout": layout, "case": name}
-            results.add(**about, tokens_per_s=speed, mfu=mfu, **ratio, ms=1e3 * took, temp_gb=temp)
+            results.add(**about, tokens_per_s=speed, **more, ms=1e3 * took, temp_gb=temp)
             if args.profile:
                 profile(details, about, case)
             del case.state
@@ -109,7 +175,7 @@ def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespa
 def main() -> None:
     """Measure and write results/gpu_training.json (and gpu_training_profile.json)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--layouts", nargs="+", default=["scanned", "unrolled"], choices=("scanned", "unrolled"))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
@@ -119,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     results = Rows("gpu_training", batch=args.batch, length=args.length)
     details = Rows("gpu_training_profile", batch=args.batch, length=args.length)
-    results.tell(matmul_rate=matmul_rate())
+    results.tell(matmul_rate=matmul_rate(8192 if jax.default_backend() == "gpu" else 512))
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     for layout in args.layouts:
         measure(results, details, layout, args, mesh)
