@@ -8,6 +8,9 @@ compiles for longer.
 `router_domain` and `router_overlap` are the step of Table 1's router by the text's domain and by Eq. 4, which runs the
 dense model forward: the latter also over one such forward pass, its head left out, as Eq. 4 needs none.
 
+`--torch` adds PyTorch's steps of `seven`, the dense masked way, and of `dense`, in a process of its own that runs after
+ours (_torch_training.py): `ratio` is our tokens a second, of a layout, over theirs.
+
 `--profile` adds where a step's time goes: kernels by part of the model, forward and backward together, and the longest
 of them.
 """
@@ -15,12 +18,20 @@ of them.
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # PyTorch's process takes the rest
 
 import jax
 import numpy as np
@@ -60,6 +71,8 @@ SEVEN = MixtureConfig(7, 768)
 BACKBONES = {"dense_slice": MixtureConfig(1, 768), "seven": SEVEN, "dense": None}
 ROUTERS: dict[str, Objective] = {"router_domain": "domain", "router_overlap": "overlap"}
 CASES = (*BACKBONES, *ROUTERS)
+PEERS = {"dense": "torch_dense", "seven": "torch_masked"}
+MODES = ("eager", "layers", "whole")
 SCOPES = ("attention", "feed_forward", "loss", "optimizer")
 PEAK = np.float32(1e-4)
 
@@ -145,22 +158,22 @@ def profile(results: Rows, about: Mapping[str, Any], case: Case, steps: int = 3)
     results.add(**about, **ms, busy_ms=1e3 * scope.total() / steps, kernels=top)
 
 
-def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespace, mesh: Any) -> None:
-    """A row a case, all of one layout."""
-    base, c = 0.0, replace(SMOLLM2, num_layers=args.layers)
+def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespace, mesh: Any) -> dict[str, float]:
+    """A row a case, all of one layout; returns tokens a second."""
+    c, speeds = replace(SMOLLM2, num_layers=args.layers), dict[str, float]()
     with ThreadPoolExecutor(len(args.cases)) as pool:
         cases = list(pool.map(lambda name: Case(c, name, layout, args.batch, args.length, mesh), args.cases))
     with jax.set_mesh(mesh):
         for name, case in zip(args.cases, cases, strict=True):
             case.start()
             took = case.seconds(args.steps)
-            speed = args.batch * args.length / took
+            speeds[name] = speed = args.batch * args.length / took
             more: dict[str, float] = {}
             if name in BACKBONES:
-                base, mixture = speed if name == "dense_slice" else base, BACKBONES[name]
+                mixture = BACKBONES[name]
                 flops = forward_flops(c, mixture.expert if mixture else c.ffn_dim, args.length)
                 more["mfu"] = speed * TRAINING * flops / results.about["matmul_rate"]
-                more |= {"ratio": speed / base} if base else {}
+                more |= {"ratio": speed / speeds["dense_slice"]} if "dense_slice" in speeds else {}
             elif "backbone" in case.frozen:
                 forward = case.forward_seconds()
                 more |= {"over_dense_forward": took / forward, "dense_forward_ms": 1e3 * forward}
@@ -170,6 +183,30 @@ def measure(results: Rows, details: Rows, layout: Layout, args: argparse.Namespa
             if args.profile:
                 profile(details, about, case)
             del case.state
+    return speeds
+
+
+def against_torch(results: Rows, args: argparse.Namespace, speeds: Mapping[str, Mapping[str, float]]) -> None:
+    """A row a case and layout of ours, as PyTorch's process answers; one with `error` where it does not."""
+    c, cases = replace(SMOLLM2, num_layers=args.layers), [name for name in PEERS if name in args.cases]
+    ask = {**asdict(c), "experts": SEVEN.num_experts, "expert": SEVEN.expert}
+    ask |= {"batch": args.batch, "length": args.length, "steps": args.steps, "cases": cases, "modes": args.modes}
+    command = [sys.executable, str(Path(__file__).parent / "_torch_training.py"), json.dumps(ask)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            found = json.loads(line)
+            name = found.pop("case")
+            cases.remove(name)
+            about = {"case": name, "peer": PEERS[name]}
+            if "error" in found:
+                results.add(**about, **found)
+                continue
+            theirs = 1e3 * args.batch * args.length / found["ms"]
+            for layout, ours in speeds.items():
+                results.add(layout=layout, **about, tokens_per_s=theirs, ratio=ours[name] / theirs, **found)
+    for name in cases:
+        results.add(case=name, peer=PEERS[name], error=f"the process ended with {process.returncode}")
 
 
 def main() -> None:
@@ -182,13 +219,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=SMOLLM2.num_layers, help="fewer for a quick look")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="PyTorch's steps as peers, in a process of its own")
+    parser.add_argument("--modes", nargs="+", default=["eager", "layers"], choices=MODES, help="how PyTorch runs them")
     args = parser.parse_args()
     results = Rows("gpu_training", batch=args.batch, length=args.length)
     details = Rows("gpu_training_profile", batch=args.batch, length=args.length)
     results.tell(matmul_rate=matmul_rate(8192 if jax.default_backend() == "gpu" else 512))
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    for layout in args.layouts:
-        measure(results, details, layout, args, mesh)
+    speeds = {layout: measure(results, details, layout, args, mesh) for layout in args.layouts}
+    if args.torch and any(name in PEERS for name in args.cases):
+        gc.collect()
+        against_torch(results, args, speeds)
 
 
 if __name__ == "__main__":
