@@ -67,7 +67,14 @@ def test_norm_of_a_decode_step(width):
 
 @pytest.mark.parametrize(
     "tokens, width, own, dtype",
-    [(8192, 4096, 5504, BF16), (512, 4096, 5504, BF16), (16384, 576, 768, BF16), (16384, 576, 768, jnp.float32)],
+    [
+        (8192, 4096, 5504, BF16),
+        (512, 4096, 5504, BF16),
+        (32, 4096, 5504, BF16),
+        (8, 576, 768, BF16),
+        (16384, 576, 768, BF16),
+        (16384, 576, 768, jnp.float32),
+    ],
 )
 def test_grouped_feed_forward_and_its_gradients(tokens, width, own, dtype):
     shapes = [(own, width), (own, width), (width, own)]

@@ -88,8 +88,8 @@ def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
     params["lm_head"] = jnp.roll(params["embed"], 1, axis=0) / 2500
     for name in ("o", "down"):  # the token's own embedding passes both residuals unchanged
         router[name] = jax.tree.map(jnp.zeros_like, router[name])
-    marks = jnp.eye(experts.max() + 1, model.router_config.dim)  # type: ignore[union-attr]
-    router["embed"], router["head"] = marks[experts], {"w": marks, "b": jnp.zeros(marks.shape[0])}
+    marks = jnp.eye(EXPERTS, model.router_config.dim)  # type: ignore[union-attr]
+    router["embed"], router["head"] = marks[experts], {"w": marks, "b": jnp.zeros(EXPERTS)}
     router["final_norm"] = jnp.ones_like(router["final_norm"])
     return replace(model, params=params, router=router)
 

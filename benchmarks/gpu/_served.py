@@ -49,6 +49,14 @@ class Served:
         compile_side_by_side(self.programs, lambda key: True)
         self.costs = measure(Caller(self.programs, residency_of(store, self.settings("decode_first"))))
 
+    def follow(self, experts: np.ndarray) -> None:
+        """Route by another script [V] from the next engine on."""
+        router = self.programs.weights.router
+        assert router is not None
+        embed = jnp.eye(EXPERTS, router["embed"].shape[1])[experts]
+        self.programs.weights = self.programs.weights._replace(router={**router, "embed": embed})
+        self.experts = experts
+
     def settings(self, scheduler: Any, slots: int = 0, staging: int = 0, prefetch: bool = True) -> config.Serving:
         """Of one run. Without `prefetch` loads begin when they are needed, and steps are not dispatched ahead."""
         return config.Serving(

@@ -1,12 +1,16 @@
-"""Azure traces on a real engine and one GPU: `python benchmarks/gpu/replay.py --schedulers lookahead decode_first`.
+"""Azure traces on a real engine and one GPU: `python benchmarks/gpu/replay.py`.
 
 A mixture of Llama-2-7B's shape with random weights and scripted routes (`_model.py`): each request is a place in a
 stream of real text's routes by a tuned router, `label` or `eq4` (results/routes.npz). Arrivals and lengths are a window
 of a trace, stretched in time to a share (`--load`) of the rate that decode-first with everything resident serves of a
-full queue here; prompts are cut to what a row holds. Rows are batching.json's, with how long a run's steps took over
-the larger of compute (by costs measured here) and transfer. Results are written after every run. Two processes, one a
-GPU, write results of their own, `--name gpu_replay_0` and `_1`; `--merge gpu_replay_0 gpu_replay_1` adds their rows to
-gpu_replay.json.
+full queue here; prompts are cut to what a row holds. With everything resident the four schedulers run, and two of them
+on the other router's routes. With fewer experts on the device (`--slots`) `lookahead` runs with prefetching and
+without, each expert loaded when it is needed, and `decode_first` without: at a lower load, with shorter answers and
+windows, which loading on demand can follow.
+
+Rows are batching.json's, with how long a run's steps took over the larger of compute (by costs measured here) and
+transfer. Results are written after every run. Several processes write results of their own, `--name gpu_replay_0` and
+`_1`; `--merge gpu_replay_0 gpu_replay_1` adds their rows to gpu_replay.json.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -29,7 +33,7 @@ from _served import Served
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import _engine
 from _engine import SCHEDULERS, Ask
-from _replay import ROUTERS, TRACES
+from _replay import BASELINES, ROUTERS, TRACES
 from _report import RESULTS, show_rows
 
 from readme_jax import config
@@ -39,12 +43,15 @@ from readme_jax.serving.buckets import Limits
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.footprint import footprint
 from readme_jax.serving.loop import Logged
+from readme_jax.serving.scheduler import Policy
 from readme_jax.serving.traffic import Arrival, load_streams, load_trace
 
 MAIN = "gpu_replay"
-ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "rate", "requests")  # what a row is of
+ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "load", "requests")  # what a row is of
 SHOWN = ("mean", "p95", "p99_ttft", "loads", "over_limit", "throughput")
 FULL = 48  # requests of the queue that the rate is measured with
+CACHED: tuple[tuple[Policy, bool], ...] = (("lookahead", True), ("lookahead", False), ("decode_first", False))
+COMPARED = ("lookahead", "decode_first")  # by both routers
 
 
 class Logging:
@@ -94,47 +101,67 @@ def run(server: Logging, asks: list[Ask], settings: config.Serving, stretch: flo
     }
 
 
-def replay(results: Rows, args: argparse.Namespace, router: str, began: float) -> None:
-    """All runs of one router."""
+class Plan(NamedTuple):
+    """Runs on one window: of a router's routes, at a share of the saturated rate, for so many seconds, with answers of
+    so many tokens at most; how many slots (0: all resident), and which schedulers with and without prefetching."""
+
+    router: str
+    load: float
+    seconds: float
+    longest: int
+    slots: int
+    runs: tuple[tuple[Policy, bool], ...]
+
+
+def plans(args: argparse.Namespace) -> list[Plan]:
+    """Everything resident, capacity 3, the other router, then the other capacities."""
+    resident = tuple((s, True) for s in args.schedulers)
+    main, *others = args.routers
+    found = [Plan(main, args.load, args.seconds, args.longest, 0, resident)] if resident else []
+    few = [Plan(main, args.slots_load, args.slots_seconds, args.slots_longest, k, CACHED) for k in args.slots]
+    compared = tuple(run for run in resident if run[0] in COMPARED)
+    found += few[:1]
+    found += [Plan(r, args.load, args.slots_seconds, args.longest, 0, compared) for r in others if compared]
+    return found + few[1:]
+
+
+def saturated(server: Logging, args: argparse.Namespace, trace: list[Arrival], vocabulary: int, link: float) -> float:
+    """Requests a second that decode-first with everything resident serves of a full queue."""
+    full = window(trace, FULL, 1, args.length, vocabulary, args.longest)
+    return FULL / run(server, full, server.served.settings("decode_first"), 0.0, link)["seconds"]
+
+
+def replay(results: Rows, args: argparse.Namespace, began: float) -> None:
+    """All runs of all plans that are begun before the time is up."""
     c = shape(args.layers, args.tiny)
     limits = Limits(args.rows, args.length, chunks=args.chunks, decode=(args.rows,), prompts=(args.length,))
-    server = Logging(Served(c, script(load_streams(RESULTS / "routes.npz", ROUTERS[router]), c.vocab_size), limits))
+    scripts = {r: script(load_streams(RESULTS / "routes.npz", ROUTERS[r]), c.vocab_size) for r in args.routers}
+    server = Logging(Served(c, scripts[args.routers[0]], limits))
     link = arrival_rate(512)
     print(
         f"ready after {time.perf_counter() - began:.0f} s; {server.served.costs}; link {link / 1e9:.1f} GB/s; "
         f"temporaries {server.served.temporaries() / 1e9:.1f} GB",
         flush=True,
     )
-    rate = args.rate
-    for name in args.traces:
-        trace = load_trace(args.data / f"azure_2023_{name}.jsonl.gz")
-        if rate is None:
-            full = window(trace, FULL, 1, args.length, c.vocab_size, args.longest)
-            seconds = run(server, full, server.served.settings("decode_first"), 0.0, link)["seconds"]
-            rate = FULL / seconds
-            results.tell(**{f"saturated_{router}_{name}": rate})
-        count = max(round(args.load * rate * args.seconds), 4)
-        asks = window(trace, count, args.seed, args.length, c.vocab_size, args.longest)
-        stretch = args.seconds / max(asks[-1].arrival, 1e-9)
-        for slots in args.slots:
-            for scheduler, prefetch in [*((s, True) for s in args.schedulers), *((s, False) for s in args.on_demand)]:
-                if slots == 0 and not prefetch:
-                    continue
-                if time.perf_counter() - began > args.minutes * 60 - args.seconds:
-                    print(f"{args.minutes} minutes: the rest was not begun", flush=True)
-                    return
-                settings = server.served.settings(scheduler, slots, args.staging, prefetch)
-                about = {
-                    "trace": name,
-                    "load": args.load,
-                    "rate": args.load * rate,
-                    "scheduler": scheduler,
-                    "router": router,
-                }
-                held = {"resident": "slots" if slots else "all", "capacity": slots or EXPERTS, "prefetch": prefetch}
-                found = run(server, asks, settings, stretch, link)
-                results.add(**about, **held, budget=settings.budget, requests=count, **found)
-        rate = args.rate
+    trace = load_trace(args.data / f"azure_2023_{args.trace}.jsonl.gz")
+    rate = args.rate or saturated(server, args, trace, c.vocab_size, link)
+    results.tell(saturated=rate, link=link)
+    for plan in plans(args):
+        server.served.follow(scripts[plan.router])
+        count = max(round(plan.load * rate * plan.seconds), 4)
+        asks = window(trace, count, args.seed, args.length, c.vocab_size, plan.longest)
+        stretch = plan.seconds / max(asks[-1].arrival, 1e-9)
+        about = {"trace": args.trace, "router": plan.router, "load": plan.load, "rate": plan.load * rate}
+        about |= {"window_seconds": plan.seconds, "longest_answer": plan.longest}
+        for scheduler, prefetch in plan.runs:
+            if time.perf_counter() - began > args.minutes * 60 - plan.seconds:
+                print(f"{args.minutes} minutes: {plan} was not run to its end", flush=True)
+                return
+            settings = server.served.settings(scheduler, plan.slots, args.staging, prefetch)
+            held = {"resident": "slots" if plan.slots else "all", "capacity": plan.slots or EXPERTS}
+            found = run(server, asks, settings, stretch, link)
+            held |= {"prefetch": prefetch, "scheduler": scheduler, "budget": settings.budget}
+            results.add(**about, **held, requests=count, **found)
 
 
 def main() -> None:
@@ -145,11 +172,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="after which no run is begun")
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--rate", type=float, help="saturated requests a second; default: measured")
-    parser.add_argument("--traces", nargs="+", default=["conv"], choices=TRACES)
-    parser.add_argument("--routers", nargs="+", default=["label"], choices=tuple(ROUTERS))
-    parser.add_argument("--schedulers", nargs="*", default=list(SCHEDULERS), choices=SCHEDULERS)
-    parser.add_argument("--on_demand", nargs="*", default=[], choices=SCHEDULERS, help="also without prefetching")
-    parser.add_argument("--slots", type=int, nargs="+", default=[0], help="experts a layer on the device; 0: all")
+    parser.add_argument("--trace", default="conv", choices=TRACES)
+    parser.add_argument("--routers", nargs="+", default=["label", "eq4"], choices=tuple(ROUTERS))
+    parser.add_argument("--schedulers", nargs="*", default=["lookahead", *BASELINES], choices=SCHEDULERS)
+    parser.add_argument("--slots", type=int, nargs="*", default=[3, 2, 4, 5], help="experts a layer on the device")
+    parser.add_argument("--slots_load", type=float, default=0.1)
+    parser.add_argument("--slots_seconds", type=float, default=20, help="of a window; the other router's, too")
+    parser.add_argument("--slots_longest", type=int, default=64, help="answer")
     parser.add_argument("--staging", type=int, default=1, help="experts that stream beside the slots")
     parser.add_argument("--rows", type=int, default=24, help="with 24 and 4096 tokens 88 GB")
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
@@ -166,13 +195,12 @@ def main() -> None:
         show_rows("replay", [{name: row[name] for name in (*ABOUT, *SHOWN)} for row in rows])
         return
     args.chunks, began = tuple(args.chunks), time.perf_counter()
-    results = Rows(args.name, layers=args.layers, window_seconds=args.seconds, rows_of_cache=args.rows)
+    results = Rows(args.name, layers=args.layers, rows_of_cache=args.rows)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        for router in args.routers:
-            try:
-                replay(results, args, router, began)
-            except ConfigError as error:
-                raise SystemExit(str(error)) from error
+        try:
+            replay(results, args, began)
+        except ConfigError as error:
+            raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # PyTorch's proc
 
 import jax
 import numpy as np
-from _measure import Rows, compiled, matmul_rate, random_weights, seconds_in_a_row
+from _measure import Row, Rows, compiled, matmul_rate, merge, random_weights, seconds_in_a_row
 from _profile import device_seconds, scopes
 
 from readme_jax.checkpoints.known import shape_of
@@ -71,6 +71,7 @@ SEVEN = MixtureConfig(7, 768)
 BACKBONES = {"dense_slice": MixtureConfig(1, 768), "seven": SEVEN, "dense": None}
 ROUTERS: dict[str, Objective] = {"router_domain": "domain", "router_overlap": "overlap"}
 CASES = (*BACKBONES, *ROUTERS)
+MAIN = "gpu_training"
 PEERS = {"dense": "torch_dense", "seven": "torch_masked"}
 MODES = ("eager", "layers", "whole")
 SCOPES = ("attention", "feed_forward", "loss", "optimizer")
@@ -209,6 +210,11 @@ def against_torch(results: Rows, args: argparse.Namespace, speeds: Mapping[str, 
         results.add(case=name, peer=PEERS[name], error=f"the process ended with {process.returncode}")
 
 
+def key_of(row: Row) -> tuple[str, ...]:
+    """What a row is of."""
+    return tuple(row.get(name, "") for name in ("layout", "case", "peer"))
+
+
 def main() -> None:
     """Measure and write results/gpu_training.json (and gpu_training_profile.json)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,8 +227,13 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--torch", action="store_true", help="PyTorch's steps as peers, in a process of its own")
     parser.add_argument("--modes", nargs="+", default=["eager", "layers"], choices=MODES, help="how PyTorch runs them")
+    parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
+    parser.add_argument("--merge", nargs="+", metavar="NAME", help="add the rows of these results to the main ones")
     args = parser.parse_args()
-    results = Rows("gpu_training", batch=args.batch, length=args.length)
+    if args.merge:
+        merge(MAIN, args.merge, key_of)
+        return
+    results = Rows(args.name, batch=args.batch, length=args.length)
     details = Rows("gpu_training_profile", batch=args.batch, length=args.length)
     results.tell(matmul_rate=matmul_rate(8192 if jax.default_backend() == "gpu" else 512))
     mesh = make_mesh(Mesh(), jax.devices()[:1])

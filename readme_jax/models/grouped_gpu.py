@@ -57,9 +57,12 @@ class Rows(NamedTuple):
 
 
 def tiles_for(pairs: int, dtype: Any = jnp.bfloat16) -> Tiles:
-    """Fewer rows a block where padding would cost more than it gains; small tiles for float32, without tensor cores."""
+    """Fewer rows a block where padding would cost more than it gains: of a decode step's rows as few as tensor cores
+    take, with deep tiles, since weights are what it reads. Small tiles for float32, without tensor cores."""
     if jnp.dtype(dtype).itemsize > 2:
         return Tiles(rows=64, columns=64, depth=32, stages=2)
+    if pairs < 128:
+        return Tiles(rows=16, columns=64, depth=256, warps=4, stages=3, side=1)
     return Tiles() if pairs >= 2048 else Tiles(rows=64, warps=4)
 
 
@@ -69,8 +72,8 @@ def across_tiles(tiles: Tiles) -> Tiles:
 
 
 def outer_tiles(tiles: Tiles) -> Tiles:
-    """Of weights' gradients, whose own rows are tiled, beside kernels of `tiles`."""
-    return tiles._replace(rows=tiles.columns, warps=8, stages=min(tiles.stages, 3))
+    """Of weights' gradients, beside kernels of `tiles`: its own rows are tiled, and no step leaves a block."""
+    return tiles._replace(rows=tiles.columns, warps=8, stages=min(tiles.stages, 3), depth=min(tiles.depth, tiles.rows))
 
 
 def block_rows(slots: Array, inverse: Array, sizes: Array, rows: int) -> Blocks:

@@ -8,8 +8,7 @@ gathers its rows into expert order, runs each expert's segment of rows as dense 
 Back ends, by name:
   blocks   (CPU) a segment is a run of static row blocks over the expert's own arrays. A block may spill past the end
            of its segment: the rows it spoils belong to experts that run after it and are written again.
-  kernel   (GPU) kernels over blocks of rows and each expert's own arrays (models/grouped_gpu.py); of few rows, masked:
-           there weights are what costs, and each is read once.
+  kernel   (GPU) kernels over blocks of rows and each expert's own arrays (models/grouped_gpu.py).
   gmm      (TPU) megablox kernels over stacked weights (models/grouped_tpu.py).
   ragged   `jax.lax.ragged_dot` over stacked weights; its default lowering computes every expert.
   masked   every expert over every row, the others' rows weighted with zero. The plain definition; slow.
@@ -35,8 +34,6 @@ Array = jax.Array
 # as much as one of 32. Every size is compiled for every expert and layer, the backward pass's at twice the price.
 _FORWARD_ROWS = (32, 48, 64, 80, 96, 112, 128, 148, 160, 176, 200, 224, 256)
 _BACKWARD_ROWS = (32, 64, 96, 128, 160, 208, 256)
-
-FEW_ROWS = 256  # below, the GPU's kernels are not worth their padding
 
 
 class Expert(NamedTuple):
@@ -102,10 +99,10 @@ def grouped_ffn(
         y = _ffn(x, experts[0])
         return y if plan.weights is None else y * plan.weights.sum(1, keepdims=True).astype(y.dtype)
     slots = plan.slots
-    if backend == "masked" or (backend == "kernel" and slots.shape[0] < FEW_ROWS):
+    if backend == "masked":
         return _masked(x, plan, experts)
     if backend == "kernel":
-        return _weighted(_kernel(x, plan, experts), plan)
+        return _weighted(kernel_pairs(x, slots, plan.inverse, plan.sizes, experts), plan)
     if backend == "blocks":
         top = min(slots.shape[0], _FORWARD_ROWS[-1])
         slots = jnp.pad(slots, (0, top), mode="edge")  # the last segment's blocks spill too
@@ -126,11 +123,13 @@ def _weighted(pairs: Array, plan: RoutePlan) -> Array:
     return pairs.sum(1)
 
 
-def _kernel(x: Array, plan: RoutePlan, experts: list[Expert]) -> Array:
+def kernel_pairs(x: Array, slots: Array, inverse: Array, sizes: Array, experts: list[Expert]) -> Array:
+    """What each pair's expert makes of its row, x [N, D] -> [M, D] in the order n*K + k, by the GPU's kernels; zeros
+    for pairs that `sizes` do not cover. Arguments as in `RoutePlan`."""
     from readme_jax.models.grouped_gpu import grouped_swiglu, tiles_for  # its kernels are needed on a GPU alone
 
-    tiles, interpret = tiles_for(plan.slots.shape[0], x.dtype), jax.default_backend() == "cpu"
-    return grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, experts, tiles, interpret)
+    tiles, interpret = tiles_for(slots.shape[0], x.dtype), jax.default_backend() == "cpu"
+    return grouped_swiglu(x, slots, inverse, sizes, experts, tiles, interpret)
 
 
 def _covered(rows: Array, plan: RoutePlan, some: bool) -> Array:

@@ -23,7 +23,7 @@ from readme_jax.config import MixtureConfig, ModelConfig, RouterConfig
 from readme_jax.models import attention
 from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
-from readme_jax.models.segments import Expert
+from readme_jax.models.segments import Expert, kernel_pairs
 from readme_jax.serving import attend, kernels, spread
 from readme_jax.serving.sampling import Samplings, choose_tokens
 from readme_jax.serving.spread import ONE, Cut
@@ -85,10 +85,10 @@ class Sampled(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows sorted by expert present: order [B * Kx] (the row of each sorted one), inverse [B, Kx] (where each went),
-    start and size [P] of each expert's segment, weights [B, Kx]."""
+    """Rows sorted by expert present: slots [B * Kx] (the pair b * Kx + k of each sorted one), inverse [B, Kx] (where
+    each went), start and size [P] of each expert's segment, weights [B, Kx]."""
 
-    order: jax.Array
+    slots: jax.Array
     inverse: jax.Array
     start: jax.Array
     size: jax.Array
@@ -105,10 +105,10 @@ def plan_rows(
     runs = active & match.any(axis=-1).all(axis=-1)
     index = jnp.where(runs[:, None], jnp.argmax(match, axis=-1), present.shape[0]).reshape(-1)
     index, count = spread.own_experts(index, present.shape[0], cut)
-    order = jnp.argsort(index, stable=True)
-    inverse = jnp.argsort(order).reshape(experts.shape)
+    slots = jnp.argsort(index, stable=True)
+    inverse = jnp.argsort(slots).reshape(experts.shape)
     size = jnp.sum(index[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-    return Plan(order // experts.shape[1], inverse, jnp.cumsum(size) - size, size, weights), runs
+    return Plan(slots, inverse, jnp.cumsum(size) - size, size, weights), runs
 
 
 def swiglu(y: jax.Array, w: Expert) -> jax.Array:
@@ -121,17 +121,21 @@ def expert_columns(
 ) -> jax.Array:
     """The weighted sum of each column's experts, [D, B] -> [D, B].
 
-    One expert: plain matmuls. Else `blocks` runs each segment as matmuls over a static number of columns, of which
-    the spare ones are overwritten by the experts that follow; other back ends run every expert over all columns.
-    With `some`, the plan need not cover all columns: the rest belong to experts elsewhere and add nothing here.
+    One expert: plain matmuls. Else `kernel` is prefill's; `blocks` runs each segment as matmuls over a static number of
+    columns, of which the spare ones are overwritten by the experts that follow; other back ends run every expert over
+    all columns. With `some`, the plan need not cover all columns: the rest belong to experts elsewhere and add nothing
+    here.
     """
     if len(experts) == 1 and not some:
         return swiglu(y, experts[0])
+    if runtime.segments == "kernel":
+        pairs = kernel_pairs(y.T, plan.slots, plan.inverse, plan.size, list(experts))
+        return _weigh(rearrange(pairs, "(b k) d -> d b k", b=y.shape[1]), plan)
     if runtime.segments != "blocks":
         return _masked_columns(y, plan, experts)
-    top = plan.order.shape[0]
+    top = plan.slots.shape[0]
     sizes = segment_sizes(top)
-    columns = jnp.pad(jnp.take(y, plan.order, axis=1), ((0, 0), (0, top)))
+    columns = jnp.pad(jnp.take(y, plan.slots // plan.inverse.shape[1], axis=1), ((0, 0), (0, top)))
     out = jnp.zeros_like(columns)
 
     def segment(w: Expert, start: jax.Array, size: int) -> jax.Array:
@@ -156,7 +160,7 @@ def segment_sizes(columns: int) -> tuple[int, ...]:
 
 
 def _masked_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert]) -> jax.Array:
-    at = jnp.arange(plan.order.shape[0])[:, None]
+    at = jnp.arange(plan.slots.shape[0])[:, None]
     mine = (at >= plan.start) & (at < plan.start + plan.size)  # [B * Kx, P]
     weights = plan.weights if plan.weights.shape[1] > 1 else jnp.ones_like(plan.weights)
     share = jnp.einsum("bkp,bk->pb", mine[plan.inverse].astype(jnp.float32), weights)

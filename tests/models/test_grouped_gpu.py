@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from readme_jax.models.grouped_gpu import Tiles, _side_by_side, _tile, grouped_swiglu
+from readme_jax.models.grouped_gpu import Tiles, _side_by_side, _tile, grouped_swiglu, tiles_for
 from readme_jax.models.segments import Expert, grouped_ffn, plan_routes
 
 TILES = Tiles(rows=64, columns=32, depth=32, group=2)
@@ -50,6 +50,23 @@ def test_value_and_gradients(tokens, top_k, experts, used, width, own):
     want, pull_want = jax.vjp(lambda x, w: grouped_ffn(x, plan, w, "masked"), x, weights)
     np.testing.assert_allclose(y, want, atol=1e-5 * float(jnp.abs(want).max()))
     for a, b in zip(jax.tree.leaves(pull(direction)), jax.tree.leaves(pull_want(direction)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_gradients_of_few_rows_are_of_their_own_experts():
+    """Blocks of fewer rows than a step of the forward kernels is deep."""
+    rng, tiles = np.random.default_rng(2), tiles_for(40)
+    assert tiles.rows < tiles.depth
+    weights = [Expert(*(jnp.asarray(rng.normal(0, 0.3, s), jnp.float32) for s in [(64, 64)] * 3)) for _ in range(3)]
+    x, direction = (jnp.asarray(rng.normal(size=(40, 64)), jnp.float32) for _ in range(2))
+    plan = plan_routes(jnp.asarray(rng.integers(0, 3, (40, 1)), jnp.int32), 3)
+
+    def kernel(x, weights):
+        return grouped_swiglu(x, plan.slots, plan.inverse, plan.sizes, weights, tiles, True)
+
+    y, pull = jax.vjp(kernel, x, weights)
+    want, pull_want = jax.vjp(lambda x, w: grouped_ffn(x, plan, w, "masked"), x, weights)
+    for a, b in zip(jax.tree.leaves((y, pull(direction))), jax.tree.leaves((want, pull_want(direction))), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
