@@ -42,24 +42,31 @@ class Rows:
 
 def held(name: str) -> list[Row]:
     """Rows of a result; none where it is not there."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return _result(name)["rows"]
 
 
 def merge(main: str, names: Sequence[str], key: Callable[[Row], Any]) -> list[Row]:
-    """Add rows of other results, as of two processes on two GPUs, to those of `main`, and write them in the order of
-    `key`. Of equal keys the first of `main` and `names` counts. Commit and machine are those of the last of `names`."""
-    runs, about = {}, {}
+    """Add rows of other results, as of two processes on two GPUs or of a later commit, to those of `main`, and write
+    them in the order of `key`; each says its commit. Of equal keys the first of `main` and `names` counts. The result's
+    own commit and machine are those of the last of `names`; `runs` has every command."""
+    found = {name: _result(name) for name in (main, *names)}
     for name in names:
-        if not held(name):
+        if not found[name]["rows"]:
             raise SystemExit(f"no rows in results/{name}.json")
-        result = json.loads((RESULTS / f"{name}.json").read_text())
-        runs[name] = f"{result['commit']}: {result['command']}"
-        about = {each: result[each] for each in ("commit", "machine")}  # not where rows are put together
-    rows = {key(row): row for name in reversed([main, *names]) for row in held(name)}
+    first = found[main]
+    runs = first.get("runs") or [f"{r['commit']}: {r['command']}" for r in (first,) if r["rows"]]
+    runs = [*runs, *(f"{found[name]['commit']}: {found[name]['command']}" for name in names)]
+    rows = {key(row): {"commit": r["commit"]} | row for r in reversed(found.values()) for row in r["rows"]}
     order = [rows[each] for each in sorted(rows)]
-    write_results(main, **about, runs=runs, rows=order)
+    last = found[names[-1]]
+    kept = {k: v for r in (*found.values(),) for k, v in r.items() if k not in ("command", "rows", "runs")}
+    write_results(main, **kept | {each: last[each] for each in ("commit", "machine")}, runs=runs, rows=order)
     return order
+
+
+def _result(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 def seconds_of(call: Callable[[], Any], repeats: int) -> float:

@@ -211,9 +211,9 @@ def at_best_rate(rows: list[Row]) -> list[Row]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Mean and range over seeds at the best rate, on logarithmic axes."""
-    figure, axis = plt.subplots(figsize=(7, 4.4))
+    figure, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
     for name in RECIPES:
-        mine = [r for r in rows if r["recipe"] == name and r["tokens"] > 0]
+        mine = [r for r in rows if r["recipe"] == name and r["tokens"] > 0 and not r.get("share")]
         sizes = sorted({r["tokens"] for r in mine})
         if sizes:
             best = [at_best_rate([r for r in mine if r["tokens"] == size]) for size in sizes]
@@ -232,8 +232,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

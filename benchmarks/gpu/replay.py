@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--routers", nargs="+", default=["label", "eq4"], choices=tuple(ROUTERS))
     parser.add_argument("--schedulers", nargs="*", default=["lookahead", *BASELINES], choices=SCHEDULERS)
     parser.add_argument("--slots", type=int, nargs="*", default=[3, 2, 4, 5], help="experts a layer on the device")
-    parser.add_argument("--slots_load", type=float, default=0.1)
+    parser.add_argument("--slots_load", type=float, default=0.3)
     parser.add_argument("--slots_seconds", type=float, default=20, help="of a window; the other router's, too")
     parser.add_argument("--slots_longest", type=int, default=64, help="answer")
     parser.add_argument("--staging", type=int, default=1, help="experts that stream beside the slots")
