@@ -11,7 +11,7 @@ import pytest
 
 from readme_jax.models.grouped_gpu import grouped_swiglu, tiles_for
 from readme_jax.models.segments import Expert, plan_routes
-from readme_jax.serving.kernels import add_norm, attend_and_write
+from readme_jax.serving.kernels import Tiles, add_norm, attend_and_write
 from readme_jax.serving.prompt_kernel import attend_chunk
 from readme_jax.serving.state import Cache
 
@@ -49,10 +49,13 @@ def test_attention_of_a_chunk(heads, kv_heads, width, window):
     )
 
 
-@pytest.mark.parametrize("heads, kv_heads, width", [(32, 32, 128), (32, 8, 128), (9, 3, 64)])
-def test_attention_of_a_decode_step(heads, kv_heads, width):
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, tiles",
+    [(32, 32, 128, Tiles()), (32, 8, 128, Tiles()), (9, 3, 64, Tiles()), (32, 32, 128, Tiles(block=128, rows=16))],
+)
+def test_attention_of_a_decode_step(heads, kv_heads, width, tiles):
     def attend(qkv, cos, sin, cache, positions, runs):
-        return attend_and_write(qkv, cos, sin, cache, positions, runs)
+        return attend_and_write(qkv, cos, sin, cache, positions, runs, tiles=tiles)
 
     angles = array(width // 2, 8, dtype=jnp.float32)
     arguments = (array((heads + 2 * kv_heads) * width, 8), angles, angles, cache(8, kv_heads, width, 1024))

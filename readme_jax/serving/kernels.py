@@ -5,14 +5,14 @@ So one kernel turns, attends to the cache and writes it: it reads each row's own
 or size of the step depends on how long rows are. Another adds to the residual stream and normalises it.
 
 # R rows of the cache, B rows of a call, H heads, K kv heads, G = H / K, h head width, S tokens a row, D model width,
-# J programs that share a row and head, s tokens a block
+# J programs that share a row and head
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,24 @@ from readme_jax.models.attention import MASKED
 from readme_jax.serving.state import Cache
 
 BLOCK = 64  # tokens; rows of the cache are whole blocks long
-PROGRAMS = 528  # at least so many fill a GPU: 132 multiprocessors, four each
 TENSOR_ROWS = 16  # fewest query rows that tensor cores take
 NORM_ROWS = 4  # most that `add_norm` is faster for than XLA: it reads a column a program, with a stride
 Array = jax.Array
+
+
+class Tiles(NamedTuple):
+    """How attention is cut: tokens a step, a power of two, at most what divides the cache; query rows of a product of
+    a kv head's only head (1, or TENSOR_ROWS for tensor cores); at least so many programs, to fill a GPU (132
+    multiprocessors, four each); how Triton runs them."""
+
+    block: int = BLOCK
+    rows: int = 1
+    programs: int = 528
+    warps: int = 4
+    stages: int = 2
+
+
+TILES = Tiles()
 
 
 def attend_and_write(
@@ -40,6 +54,7 @@ def attend_and_write(
     window: int | None = None,
     divisor: float | None = None,
     interpret: bool = False,
+    tiles: Tiles = TILES,
 ) -> tuple[Array, Cache]:
     """Self-attention of one token a row: [H * h, B], and the cache with its key and value at `positions` of the rows
     that run.
@@ -54,14 +69,15 @@ def attend_and_write(
     qkv = rearrange(qkv, "(n h) b -> n h b", h=width)
     heads = qkv.shape[0] - 2 * kv_heads
     group = heads // kv_heads
-    rows = group if group == 1 else -(-group // TENSOR_ROWS) * TENSOR_ROWS
-    share = min(length // BLOCK, pl.cdiv(PROGRAMS, batch * kv_heads))
-    tokens = pl.cdiv(length, share * BLOCK) * BLOCK
+    rows = tiles.rows if group == 1 else -(-group // TENSOR_ROWS) * TENSOR_ROWS
+    step = math.gcd(length, tiles.block)
+    share = min(length // step, pl.cdiv(tiles.programs, batch * kv_heads))
+    tokens = pl.cdiv(length, share * step) * step
     share = pl.cdiv(length, tokens)
     sums = jax.ShapeDtypeStruct((share, kv_heads, rows, batch), jnp.float32)
     scale = 1 / (divisor or math.sqrt(width))
     out, total, largest, keys, values = pl.pallas_call(
-        functools.partial(_attend_kernel, heads=heads, tokens=tokens, window=window, scale=scale),
+        functools.partial(_attend_kernel, heads=heads, tokens=tokens, step=step, window=window, scale=scale),
         grid=(batch, kv_heads, share),
         out_shape=(
             jax.ShapeDtypeStruct((share, kv_heads, rows, width, batch), jnp.float32),
@@ -71,7 +87,7 @@ def attend_and_write(
             jax.ShapeDtypeStruct(values.shape, values.dtype),
         ),
         input_output_aliases={5: 3, 6: 4},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="decode_attention",
     )(positions, runs.astype(jnp.int32), qkv, cos, sin, keys, values)
@@ -96,6 +112,7 @@ def _attend_kernel(
     *,
     heads: int,
     tokens: int,
+    step: int,
     window: int | None,
     scale: float,
 ) -> None:
@@ -108,7 +125,7 @@ def _attend_kernel(
     group, half, dtype = heads // kv_heads, width // 2, keys_ref.dtype
     position = positions_ref[b]
     cos, sin = cos_ref[:, b], sin_ref[:, b]
-    one = group == 1
+    one = rows == 1  # no tensor cores
     queries = n if one else n * group + jnp.minimum(jnp.arange(rows), group - 1)
 
     def turned(which: Any) -> tuple[Array, Array]:
@@ -130,8 +147,8 @@ def _attend_kernel(
 
     def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, total, largest = carry
-        here = pl.ds(i * BLOCK, BLOCK)
-        slots = i * BLOCK + jnp.arange(BLOCK)
+        here = pl.ds(i * step, step)
+        slots = i * step + jnp.arange(step)
         seen = (slots >= first) & (slots < last)
         parts = [product(x, keys_ref[b, n, pl.ds(at, half), here]) for x, at in zip(q, (0, half), strict=True)]
         logits = jnp.where(seen[None], (parts[0] + parts[1]) * scale, MASKED)
@@ -147,7 +164,7 @@ def _attend_kernel(
         jnp.where(mine, jnp.ones(rows, jnp.float32), 0.0),
         jnp.where(mine, own, MASKED),
     )
-    out, total, largest = jax.lax.fori_loop(first // BLOCK, (last + BLOCK - 1) // BLOCK, block, carry)
+    out, total, largest = jax.lax.fori_loop(first // step, (last + step - 1) // step, block, carry)
     out_ref[j, n, :, :, b] = out
     total_ref[j, n, :, b] = total
     largest_ref[j, n, :, b] = largest

@@ -1,0 +1,104 @@
+"""A decode step's attention alone, over tiles of its kernel: `python benchmarks/gpu/attention.py`.
+
+Llama-2-7B's heads (32, each with its own keys) and Mistral-7B's (8 kv heads), bf16, caches filled as decode.py's.
+Layers follow one another in one program, each over a cache of its own, as in a step. Rows, best first for a batch and
+shape: microseconds a layer, and that over the time of the cache's bytes at the run's bandwidth. The model uses TILES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from _measure import Rows, copy_bandwidth, seconds_of
+
+from readme_jax.serving.kernels import TENSOR_ROWS, TILES, Tiles, attend_and_write
+from readme_jax.serving.state import Cache
+
+WIDTH, HEADS, FILLED = 128, 32, 0.88
+LAYERS, THREADS = 8, 12
+SHAPES = {"llama": 32, "mistral": 8}  # kv heads
+
+
+def candidates(kv_heads: int) -> list[Tiles]:
+    """Those of the model first."""
+    rows = (1, TENSOR_ROWS) if kv_heads == HEADS else (1,)  # of several heads a kv head tensor cores are taken anyway
+    found = [
+        Tiles(block, row, programs, warps, stages)
+        for block, row, warps, stages in itertools.product((64, 128), rows, (2, 4), (2, 3, 4))
+        for programs in ((528,) if block == 64 else (528, 1056))
+    ]
+    return [TILES, *(tiles for tiles in found if tiles != TILES)]
+
+
+def layers(tiles: Tiles, qkv: Any, angles: Any, caches: Any, positions: Any) -> Any:
+    """Attention of all layers, each fed a little of the last one's result."""
+    runs, out, written = jnp.ones(positions.shape, bool), qkv, []
+    interpret = jax.default_backend() == "cpu"
+    for keys, values in caches:
+        cache = Cache((keys,), (values,))
+        got, cache = attend_and_write(out, angles, angles, cache, positions, runs, interpret=interpret, tiles=tiles)
+        out = qkv.at[: got.shape[0]].add(1e-3 * got)
+        written.append((cache.keys[0], cache.values[0]))
+    return out, written
+
+
+def measure(results: Rows, shape: str, batch: int, length: int) -> None:
+    """A row a candidate."""
+    kv, position = SHAPES[shape], int(FILLED * length)
+    draw = functools.partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
+    qkv, angles = draw(((HEADS + 2 * kv) * WIDTH, batch)), jnp.ones((WIDTH // 2, batch), jnp.float32)
+    positions = jnp.full(batch, position, jnp.int32)
+    caches = [(draw((batch, kv, WIDTH, length)), draw((batch, kv, length, WIDTH))) for _ in range(LAYERS)]
+    known = candidates(kv)
+    lowered = [
+        jax.jit(functools.partial(layers, tiles), donate_argnums=2).lower(qkv, angles, caches, positions)
+        for tiles in known
+    ]
+
+    def build(each: Any) -> Any:
+        try:
+            return each.compile()
+        except Exception as error:  # too much shared memory: the others are still measured
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        programs = list(pool.map(build, lowered))
+    bytes_, found = 4 * batch * kv * position * WIDTH, []
+    for tiles, program in zip(known, programs, strict=True):
+        if isinstance(program, Exception):
+            print({"failed": str(tiles), "why": str(program).splitlines()[0][:200]}, flush=True)
+            continue
+
+        def call(program: Any = program) -> Any:
+            nonlocal caches
+            out, caches = program(qkv, angles, caches, positions)
+            return out
+
+        found.append((min(seconds_of(call, 10) for _ in range(2)) / LAYERS, tiles))
+    for seconds, tiles in sorted(found, key=lambda each: each[0]):
+        over = seconds * results.about["copy_bandwidth"] / bytes_
+        about = {"shape": shape, "batch": batch, "filled": position, **tiles._asdict(), "chosen": tiles == TILES}
+        results.add(**about, us=1e6 * seconds, over_bytes=over)
+
+
+def main() -> None:
+    """Measure and write results/gpu_attention.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 8, 128, 1])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--context", type=int, default=1024, help="tokens a row; fewer where they pass 64k together")
+    args = parser.parse_args()
+    results = Rows("gpu_attention")
+    results.tell(copy_bandwidth=copy_bandwidth())
+    for shape, batch in itertools.product(args.shapes, args.batch):
+        measure(results, shape, batch, min(args.context, 65536 // batch))
+
+
+if __name__ == "__main__":
+    main()
