@@ -1,6 +1,7 @@
 """A decode step's attention alone, over tiles of its kernel: `python benchmarks/gpu/attention.py`.
 
-Llama-2-7B's heads (32, each with its own keys) and Mistral-7B's (8 kv heads), bf16, caches filled as decode.py's.
+Llama-2-7B's heads (32, each with its own keys) and Mistral-7B's (8 kv heads), bf16; caches of 1024 tokens filled as
+decode.py's, and `ragged` ones of 4096, of which some rows have all and most a quarter or less, as requests come.
 Layers follow one another in one program, each over a cache of its own, as in a step. Rows, best first for a batch and
 shape: microseconds a layer, and that over the time of the cache's bytes at the run's bandwidth. The model uses TILES.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from _measure import Rows, copy_bandwidth, seconds_of
 
 from readme_jax.serving.kernels import TENSOR_ROWS, TILES, Tiles, attend_and_write
@@ -29,9 +31,9 @@ def candidates(kv_heads: int) -> list[Tiles]:
     """Those of the model first."""
     rows = (1, TENSOR_ROWS) if kv_heads == HEADS else (1,)  # of several heads a kv head tensor cores are taken anyway
     found = [
-        Tiles(block, row, programs, warps, stages)
+        Tiles(block, row, 528, tokens, warps, stages)
         for block, row, warps, stages in itertools.product((64, 128), rows, (2, 4), (2, 3, 4))
-        for programs in ((528,) if block == 64 else (528, 1056))
+        for tokens in ((512,) if stages > 2 else (256, 512, 4096))
     ]
     return [TILES, *(tiles for tiles in found if tiles != TILES)]
 
@@ -48,12 +50,15 @@ def layers(tiles: Tiles, qkv: Any, angles: Any, caches: Any, positions: Any) -> 
     return out, written
 
 
-def measure(results: Rows, shape: str, batch: int, length: int) -> None:
+def measure(results: Rows, shape: str, batch: int, length: int, ragged: bool) -> None:
     """A row a candidate."""
-    kv, position = SHAPES[shape], int(FILLED * length)
+    kv = SHAPES[shape]
+    filled = FILLED * np.random.default_rng(0).random(batch) ** 3 if ragged else np.full(batch, FILLED)
+    if ragged:
+        filled[0] = FILLED
     draw = functools.partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
     qkv, angles = draw(((HEADS + 2 * kv) * WIDTH, batch)), jnp.ones((WIDTH // 2, batch), jnp.float32)
-    positions = jnp.full(batch, position, jnp.int32)
+    positions = jnp.asarray(filled * length, jnp.int32)
     caches = [(draw((batch, kv, WIDTH, length)), draw((batch, kv, length, WIDTH))) for _ in range(LAYERS)]
     known = candidates(kv)
     lowered = [
@@ -69,7 +74,7 @@ def measure(results: Rows, shape: str, batch: int, length: int) -> None:
 
     with ThreadPoolExecutor(THREADS) as pool:
         programs = list(pool.map(build, lowered))
-    bytes_, found = 4 * batch * kv * position * WIDTH, []
+    bytes_, found = 4 * kv * WIDTH * int(positions.sum()), []
     for tiles, program in zip(known, programs, strict=True):
         if isinstance(program, Exception):
             print({"failed": str(tiles), "why": str(program).splitlines()[0][:200]}, flush=True)
@@ -83,7 +88,8 @@ def measure(results: Rows, shape: str, batch: int, length: int) -> None:
         found.append((min(seconds_of(call, 10) for _ in range(2)) / LAYERS, tiles))
     for seconds, tiles in sorted(found, key=lambda each: each[0]):
         over = seconds * results.about["copy_bandwidth"] / bytes_
-        about = {"shape": shape, "batch": batch, "filled": position, **tiles._asdict(), "chosen": tiles == TILES}
+        about = {"shape": shape, "batch": batch, "ragged": ragged, "filled": int(positions.sum())}
+        about |= {**tiles._asdict(), "chosen": tiles == TILES}
         results.add(**about, us=1e6 * seconds, over_bytes=over)
 
 
@@ -96,8 +102,10 @@ def main() -> None:
     args = parser.parse_args()
     results = Rows("gpu_attention")
     results.tell(copy_bandwidth=copy_bandwidth())
-    for shape, batch in itertools.product(args.shapes, args.batch):
-        measure(results, shape, batch, min(args.context, 65536 // batch))
+    for shape in args.shapes:
+        measure(results, shape, 24, 4 * args.context, ragged=True)
+        for batch in args.batch:
+            measure(results, shape, batch, min(args.context, 65536 // batch), ragged=False)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ Array = jax.Array
 class Tiles(NamedTuple):
     """How attention is cut: tokens a step, a power of two, at most what divides the cache; query rows of a product of
     a kv head's only head (1, or TENSOR_ROWS for tensor cores); at least so many programs, to fill a GPU (132
-    multiprocessors, four each); how Triton runs them."""
+    multiprocessors, four each), and at most so many tokens of the cache to each: a batch waits for its longest row;
+    how Triton runs them."""
 
     block: int = BLOCK
     rows: int = 1
     programs: int = 528
+    tokens: int = 512
     warps: int = 4
     stages: int = 2
 
@@ -71,7 +73,8 @@ def attend_and_write(
     group = heads // kv_heads
     rows = tiles.rows if group == 1 else -(-group // TENSOR_ROWS) * TENSOR_ROWS
     step = math.gcd(length, tiles.block)
-    share = min(length // step, pl.cdiv(tiles.programs, batch * kv_heads))
+    share = max(pl.cdiv(tiles.programs, batch * kv_heads), pl.cdiv(length, tiles.tokens))
+    share = min(length // step, share)
     tokens = pl.cdiv(length, share * step) * step
     share = pl.cdiv(length, tokens)
     sums = jax.ShapeDtypeStruct((share, kv_heads, rows, batch), jnp.float32)

@@ -22,7 +22,7 @@ def turned(x, position):
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
 @pytest.mark.parametrize(
-    "tiles", [Tiles(), Tiles(block=128, rows=16), Tiles(block=512, programs=1), Tiles(block=32, programs=9)]
+    "tiles", [Tiles(), Tiles(block=128, rows=16), Tiles(block=512, programs=1), Tiles(block=32, tokens=64)]
 )
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_and_the_written_token(heads, kv_heads, tiles, window):
