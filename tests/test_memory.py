@@ -1,5 +1,6 @@
 """Memory of the process: `use_huge_pages` starts the interpreter again at most once, with the same arguments."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -40,3 +41,16 @@ def test_leaves_a_choice_of_the_user_alone():
 
 def test_trim_is_harmless():
     memory.trim()
+
+
+def test_a_collection_leaves_alone_what_has_settled():
+    class Kept(list):
+        pass
+
+    kept = [Kept() for _ in range(1000)]
+    memory.settle()
+    try:
+        assert not any(isinstance(each, Kept) for each in gc.get_objects())  # those that a collection looks at
+    finally:
+        gc.unfreeze()
+    assert sum(isinstance(each, Kept) for each in gc.get_objects()) == len(kept)

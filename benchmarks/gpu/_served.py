@@ -123,9 +123,9 @@ def _layers_on_host(model: Mixture) -> Mixture:
     return replace(model, params=params)
 
 
-def generate(engine: Engine, prompts: list[list[int]], tokens: int, warm: int) -> float:
-    """Serve prompts at once, each answered by `tokens` tokens, which must follow the script. Seconds of an engine step
-    after the first `warm` of them."""
+def generate(engine: Engine, prompts: list[list[int]], tokens: int, warm: int) -> list[float]:
+    """Serve prompts at once, each answered by `tokens` tokens, which must follow the script. Seconds of the engine's
+    steps after the first `warm` of them."""
     handles = [
         engine.submit(Request(p, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))) for p in prompts
     ]
@@ -139,5 +139,4 @@ def generate(engine: Engine, prompts: list[list[int]], tokens: int, warm: int) -
         if list(handle.result().tokens) != wanted:
             raise RuntimeError("an answer does not follow the script: routes are not those of the stream")
     jax.block_until_ready(jnp.zeros(()))
-    timed = times[warm:-2] if warm else times
-    return float(np.mean(timed))
+    return times[warm:-2] if warm else times

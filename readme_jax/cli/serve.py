@@ -10,6 +10,7 @@ from pathlib import Path
 from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.cli.settings import load_serving
 from readme_jax.cli.sources import EXPORT, expert_names, open_model, tokenizer_of
+from readme_jax.memory import settle
 from readme_jax.progress import WarmUp
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.http.app import Service, create_app
@@ -32,7 +33,13 @@ def serve(
         known_as = name or name_of(checkpoint)
         service = Service(engine, tokenizer, known_as, experts)
         with closing(WarmUp()) as warm_up:
-            running = server(create_app(service, warm_up, answer_first))
+
+            def compiled(done: int, total: int) -> None:
+                if done == total:
+                    settle()
+                warm_up(done, total)
+
+            running = server(create_app(service, compiled, answer_first))
             # uvicorn puts its own handler here while it runs and hands its signal on at the end: a clean exit, not a
             # death.
             signal.signal(signal.SIGTERM, lambda *_: setattr(running, "should_exit", True))
