@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ from readme_jax.serving.scheduler import make_scheduler
 from readme_jax.serving.store import ExpertStore
 
 E = TypeVar("E")
+IN_A_ROW = 6  # decode calls that are timed together
+LEAST = 1e-9  # seconds of a part of a step, however noisy the clock
 
 
 def build_engine(cls: type[E], model: Dense | Mixture, settings: config.Serving, **options: Any) -> E:
@@ -104,27 +107,61 @@ def load_seconds(store: ExpertStore) -> float:
     return min(seconds)
 
 
-def measure(caller: Caller, repeats: int = 2) -> Costs:
-    """What steps cost here: a decode of one row, a prefill of the longest chunk, an expert's load. It compiles
-    the first two."""
-    programs, store = caller.programs, caller.residency.store
-    experts = () if caller.dense else (0,)
-    chunk, width = caller.limits.chunks[-1], programs.shape.top_k
-    load = caller.residency.load_seconds or 0.0
-    present = store.present(experts)
-    prefill, decode = [], []
-    tokens, routes = np.zeros(chunk, np.int32), np.zeros((chunk, width), np.int32)
+def measure(caller: Caller, repeats: int = 3) -> Costs:
+    """What steps cost here, by programs that a warm-up compiles, too; the cache is empty afterwards.
+
+    Decode calls of all rows, of as few experts as a token needs and of as many as rows can name without a load, differ
+    by what their experts take. Where one number only is possible (a dense model, one slot), half of a step is guessed
+    to be its experts'. The longest chunk of a prompt, less the fixed part, says what a token takes.
+    """
+    held, least = sorted(caller.residency.held), caller.programs.shape.top_k
+    most = max(min(len(held), caller.limits.rows * least), least)
+    timers = [decoding(caller, held[:number]) for number in sorted({least, most})]
+    for timer in timers:
+        timer(1)  # compiles
+    times = [[timer(IN_A_ROW) for timer in timers] for _ in range(repeats)]  # in turn: what slows one slows both
+    step, *more = (min(each) for each in zip(*times, strict=True))
+    expert = max((more[0] - step) / (most - least), LEAST) if more else step / 2 / max(least, 1)
+    fixed = max(step - expert * max(least, 1), LEAST)
+    token = max(prefill_seconds(caller, held[:least], repeats) - fixed, LEAST) / caller.limits.chunks[-1]
+    caller.empty()
+    return Costs(fixed, token, expert, caller.residency.load_seconds or 0.0)
+
+
+def decoding(caller: Caller, experts: list[int]) -> Callable[[int], float]:
+    """How long a decode call of all rows takes, shared out among `experts`, which are on the device: of so many
+    dispatched one after another, as an engine that dispatches ahead does, so that the host's part is hidden as there.
+    """
+    programs, rows, width = caller.programs, caller.limits.rows, caller.programs.shape.top_k
+    weights, sampling = caller.residency.store.present(experts), Samplings.greedy(rows)
+    routes = np.resize(np.asarray(experts, np.int32), (rows, width))
+    starts = (routes, np.zeros(rows, np.int32))
+    places = (caller.state.experts.sharding, caller.state.position.sharding)
+
+    def seconds(calls: int) -> float:
+        # A call uses its state up and leaves rows to other experts: the next one is given routes of its own.
+        fresh = jax.block_until_ready([jax.device_put(starts, places) for _ in range(calls)])
+        began = time.perf_counter()
+        for named, position in fresh:
+            state = replace(caller.state, experts=named, position=position)
+            caller.state, _ = programs.decode(state, np.ones(rows, bool), experts, weights, sampling)
+        jax.block_until_ready(caller.state.token)
+        return (time.perf_counter() - began) / calls
+
+    return seconds
+
+
+def prefill_seconds(caller: Caller, experts: list[int], repeats: int) -> float:
+    """How long the longest chunk of a prompt takes, all of it on `experts`, which are on the device."""
+    programs, chunk, width = caller.programs, caller.limits.chunks[-1], caller.programs.shape.top_k
+    weights, tokens = caller.residency.store.present(experts), np.zeros(chunk, np.int32)
+    routes = np.resize(np.asarray(experts, np.int32), (chunk, width))
+    seconds = []
     for _ in range(repeats + 1):  # the first one compiles
         began = time.perf_counter()
         caller.state, *_ = programs.prefill(
-            caller.state, 0, tokens, 0, routes, np.ones((chunk, width), np.float32), experts, present, last=True
+            caller.state, 0, tokens, 0, routes, np.ones((chunk, width), np.float32), experts, weights, last=True
         )
         jax.block_until_ready(caller.state.token)
-        middle = time.perf_counter()
-        caller.state, _ = programs.decode(caller.state, np.ones(1, bool), experts, present, Samplings.greedy(1))
-        jax.block_until_ready(caller.state.token)
-        prefill.append(middle - began)
-        decode.append(time.perf_counter() - middle)
-    caller.empty()
-    step = min(decode[1:])
-    return Costs(fixed=step / 2, token=max(min(prefill[1:]) - step / 2, 1e-9) / chunk, expert=step / 2, load=load)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
