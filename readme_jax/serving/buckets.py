@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 from readme_jax.config import Validated
 from readme_jax.errors import ConfigError
@@ -42,11 +43,25 @@ def spans_of(layers: int) -> tuple[slice, ...]:
     return tuple(slice(start, start + length) for start in range(0, layers, length))
 
 
+@cache
 def present_buckets(experts: int, top_k: int = 1, ways: int = 1) -> tuple[int, ...]:
     """Numbers of experts a call is compiled for: 1, 2, 4, all of them, but no fewer than a token needs. (0,) for a
     dense model. Where `ways` devices share the experts: numbers on each, of which a token may need none."""
     experts, top_k = -(-experts // ways), top_k if ways == 1 else 1
     return (*(n for n in (1, 2, 4) if top_k <= n < experts), experts)
+
+
+@lru_cache(maxsize=4096)
+def padded(experts: tuple[int, ...], total: int, top_k: int, ways: int = 1) -> tuple[int, ...]:
+    """Some of `total` experts, repeated from the first on, up to a number that calls are compiled for.
+
+    Of `ways` devices each has as many: its own of the experts, and where those are fewer `total`, which no token names.
+    """
+    each = -(-total // ways)
+    own = [[e for e in experts if e // each == device] for device in range(ways)]
+    size = bucket(max(map(len, own)), present_buckets(total, top_k, ways), "experts")
+    spare = experts[0] if ways == 1 else total
+    return tuple(e for some in own for e in (*some, *[spare] * (size - len(some))))
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,10 @@ def limits_for(rows: int, length: int, chunk: int, platform: str) -> Limits:
     return Limits(rows, length, **{name: sizes if sizes[0] < sizes[1] else sizes[1:] for name, sizes in few.items()})
 
 
+@cache
 def decode_shapes(
     limits: Limits, experts: int, top_k: int, ways: int = 1, held: int | None = None
-) -> list[tuple[int, int]]:
+) -> tuple[tuple[int, int], ...]:
     """(B, P) of every decode program, ascending in B; P on each of the `ways` devices that share the experts, where a
     call may have `held` of them at once (None: all).
 
@@ -111,4 +127,4 @@ def decode_shapes(
         named = held if rows == limits.rows else min(2 * rows * top_k, held)
         most = bucket(named, sizes, "experts")
         shapes += [(rows, present) for present in sizes if present <= most]
-    return shapes
+    return tuple(shapes)

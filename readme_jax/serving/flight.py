@@ -186,6 +186,8 @@ def _given(residency: Residency, experts: frozenset[int], spare: frozenset[int] 
     order = sorted(experts)
     places = len(residency.store.padded(order))
     for expert in sorted(spare - experts):
+        if len(order) == places:
+            break
         if len(residency.store.padded([*order, expert])) == places:
             order.append(expert)
     return tuple(order)

@@ -34,7 +34,7 @@ class Pass(ABC):
 
     def __init__(self, programs: Programs, experts: Sequence[int]) -> None:
         self.programs = programs
-        self.present = programs.present(experts)
+        self.present: np.ndarray | jax.Array = programs.present(experts)
         self.each = len(self.present) // programs.store.ways  # on every device
         self.done: jax.Array | None = None
         self.sampled: Sampled | None = None
@@ -80,8 +80,8 @@ class DecodePass(Pass):
         self.rows = programs.decode_rows(len(active), self.each)
         mask = np.zeros(self.rows, bool)
         mask[: len(active)] = active
-        small = jax.tree.map(programs.kept, (mask, self.present, sampling.padded(self.rows)))
-        self.active, self.present, self.sampling = small
+        self.active, self.present = programs.kept(mask), programs.kept(self.present)
+        self.sampling = Samplings(*map(programs.kept, sampling.padded(self.rows)))
         self.x = self.y = programs.blank(programs.config.embed_dim, self.rows)
 
     def whole(self, state: State, weights: Given) -> State:

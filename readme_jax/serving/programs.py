@@ -224,7 +224,7 @@ class Programs:
                 progress(done, len(keys))
         return len(keys)
 
-    def kept(self, array: np.ndarray) -> jax.Array:
+    def kept(self, array: np.ndarray | jax.Array) -> jax.Array:
         """A small host array on the device: the same one again where the last steps had an equal one, because a copy
         costs a GPU more than a layer."""
         key = (array.shape, array.dtype.str, array.tobytes())
@@ -254,7 +254,7 @@ class Programs:
                 return size
         raise ConfigError(f"{rows} rows: the cache has {self.limits.rows}")
 
-    def _decode_shapes(self) -> list[tuple[int, int]]:
+    def _decode_shapes(self) -> tuple[tuple[int, int], ...]:
         store = self.store
         held = None if store.resident else store.slots + store.staging
         return decode_shapes(self.limits, store.num_experts, self.shape.top_k, store.ways, held)

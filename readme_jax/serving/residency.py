@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from readme_jax.serving.buckets import bucket, present_buckets
+from readme_jax.serving.buckets import padded
 from readme_jax.serving.expert_cache import ExpertCache, Plan
 
 Experts = frozenset[int]
@@ -46,8 +46,7 @@ class Places:
 
     def padded(self, experts: Sequence[int]) -> tuple[int, ...]:
         """See `Store.padded`."""
-        size = bucket(len(experts), present_buckets(self.num_experts, self.top_k), "experts")
-        return (*experts, *(tuple(experts[:1]) * (size - len(experts))))
+        return padded(tuple(experts), self.num_experts, self.top_k)
 
 
 class Moves(NamedTuple):

@@ -28,13 +28,13 @@ from readme_jax.checkpoints.mixture import Mixture
 from readme_jax.errors import ConfigError
 from readme_jax.models.segments import Expert
 from readme_jax.parallel.mesh import make_mesh
-from readme_jax.serving.buckets import bucket, present_buckets, spans_of
+from readme_jax.serving.buckets import padded, spans_of
 from readme_jax.serving.spread import Axes, Spread, join
 
 Params = Mapping[str, Any]
 PARTS = ("gate", "up", "down")
 AXES = {"gate": 0, "up": 0, "down": 1}  # where each has its width
-JOINED = 256  # choices of an expert on every device whose arrays are kept put together
+JOINED = 256  # choices of experts, or of one on every device, whose arrays are kept put together
 IN_FLIGHT = 2  # spans at a time that the ring has room for: one that runs, one whose experts arrive
 
 
@@ -86,6 +86,7 @@ class ExpertStore:
             raise ConfigError(f"slots {slots} and Mesh.expert = {self.ways}: devices that share experts hold all")
         self.loads, self.bytes_loaded = 0, 0
         self._joined: dict[tuple[int, ...], list[Expert]] = {}
+        self._given: dict[tuple[tuple[int, ...], int | None], list[list[Expert]]] = {}  # by what `present` was asked
         self.spans = spans_of(self.num_layers)
         self._on_device: list[dict[int, list[Expert]]] = [{} for _ in self.spans]
         self._waiting: list[dict[int, list[Expert]]] = [{} for _ in self.spans]
@@ -132,6 +133,7 @@ class ExpertStore:
         self._free.popleft()
         self.loads += self.span_layers
         self.bytes_loaded += self.span_layers * self.expert_bytes
+        self._given.clear()
         self._on_device[span][expert] = self._copy(span, expert)
 
     @property
@@ -147,12 +149,14 @@ class ExpertStore:
             raise ConfigError("all experts are resident: none is dropped")
         held = self._on_device[span].pop(expert, None)
         if held is not None:
+            self._given.clear()
             self._free.append(Place(held, self._fences[span]))
 
     def clear(self) -> None:
         """Free all places, whatever became of the calls that were given what they held."""
         for held in self._on_device:
             held.clear()
+        self._given.clear()
         self._free = deque([Place()] * self.places)
         self._fences = [None] * len(self.spans)
 
@@ -190,25 +194,20 @@ class ExpertStore:
             return ()
         if not experts:
             raise ConfigError("no experts: give those that the rows need")
-        own = [[e for e in experts if e // self.each == device] for device in range(self.ways)]
-        size = bucket(max(map(len, own)), present_buckets(self.num_experts, self.top_k, self.ways), "experts")
-        spare = experts[0] if self.ways == 1 else self.num_experts
-        return tuple(e for some in own for e in (*some, *[spare] * (size - len(some))))
+        return padded(tuple(experts), self.num_experts, self.top_k, self.ways)
 
     def present(self, experts: Sequence[int], span: int | None = None) -> list[list[Expert]]:
         """An entry a layer, of a span or of all: the arrays of `experts` on the device, padded by repeating (see
-        `padded`); where X devices share experts, each array is one expert on every device.
+        `padded`); where X devices share experts, each array is one expert on every device. Read only.
 
         Raises ConfigError when one of them is not on the device.
         """
-        order = self.padded(experts)
-        if self.ways == 1:
-            spans = range(len(self.spans)) if span is None else (span,)
-            return [list(layer) for i in spans for layer in self._layers(i, order)]
-        each = len(order) // self.ways
-        layers = slice(None) if span is None else self.spans[span]
-        entries = [self._together(order[at::each])[layers] for at in range(each)]
-        return [list(layer) for layer in zip(*entries, strict=True)]
+        key = (tuple(experts), span)
+        if key not in self._given:  # steps in a row ask for the same
+            if len(self._given) >= JOINED:
+                self._given.pop(next(iter(self._given)))
+            self._given[key] = self._entries(self.padded(experts), span)
+        return self._given[key]
 
     def device_bytes(self) -> int:
         """Bytes of feed-forward weights on the device, copies on their way and places not yet used again included."""
@@ -220,6 +219,16 @@ class ExpertStore:
     def _copy(self, span: int, expert: int) -> list[Expert]:
         waiting = self._waiting[span][expert]
         return jax.device_put(waiting, jax.tree.map(lambda w: w.sharding.with_memory_kind("device"), waiting))
+
+    def _entries(self, order: tuple[int, ...], span: int | None) -> list[list[Expert]]:
+        """What `present` gives, of padded experts."""
+        if self.ways == 1:
+            spans = range(len(self.spans)) if span is None else (span,)
+            return [list(layer) for i in spans for layer in self._layers(i, order)]
+        each = len(order) // self.ways
+        layers = slice(None) if span is None else self.spans[span]
+        entries = [self._together(order[at::each])[layers] for at in range(each)]
+        return [list(layer) for layer in zip(*entries, strict=True)]
 
     def _layers(self, span: int, order: Sequence[int]) -> list[tuple[Expert, ...]]:
         held = self._on_device[span]

@@ -123,6 +123,24 @@ def test_present_experts_are_padded_by_repeating(tiny_model):
     assert pairs.present((1,))[0][0] is pairs.present((1,))[0][1]
 
 
+def test_kept_lists_of_experts_follow_the_store(tiny_model):
+    store = ExpertStore(tiny_model("top1"), slots=1, staging=1)
+    for span in (0, 1):
+        store.load(span, 1)
+    first = store.present((1,))
+    assert store.present([1]) is first and store.present((1,), 0) == first[:1]
+    store.drop(0, 1)
+    for span in (0, None):
+        with pytest.raises(ConfigError, match="span 0: expert 1 is not on the device"):
+            store.present((1,), span)
+    store.load(0, 1)
+    again = store.present((1,))
+    assert again[0][0] is store.arrays(0, 1)[0] and again[0][0] is not first[0][0] and again[1] == first[1]
+    store.clear()
+    with pytest.raises(ConfigError, match="is not on the device"):
+        store.present((1,), 1)
+
+
 def test_too_few_slots_for_a_token_are_refused(tiny_model):
     with pytest.raises(ConfigError, match="a token needs 2 experts"):
         ExpertStore(tiny_model("top2"), slots=1)
@@ -146,8 +164,8 @@ def test_limits_stay_within_a_platforms_programs(rows, length, chunk, experts, t
 
 def test_a_call_of_few_experts_is_compiled_for_few():
     limits = Limits(16, 64, decode=(4, 16))
-    assert decode_shapes(limits, 7, 1, held=3) == [(rows, present) for rows in (4, 16) for present in (1, 2, 4)]
-    assert decode_shapes(limits, 7, 2, held=2) == [(4, 2), (16, 2)]
+    assert decode_shapes(limits, 7, 1, held=3) == tuple((rows, present) for rows in (4, 16) for present in (1, 2, 4))
+    assert decode_shapes(limits, 7, 2, held=2) == ((4, 2), (16, 2))
 
 
 @pytest.mark.parametrize(
