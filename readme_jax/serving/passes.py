@@ -65,6 +65,14 @@ class Pass(ABC):
     def _end(self, rest: State) -> State:
         """The state but for its layers, after them."""
 
+    def _keep(self, sampled: Sampled) -> None:
+        """Results to be read: what every reader wants starts for the host as soon as it is there, because each copy
+        that is waited for alone takes the whole way. On CPU there is no way, and starting costs more than reading."""
+        self.sampled = sampled
+        if self.programs.platform != "cpu":
+            for array in (sampled.tokens, sampled.experts, sampled.missing):
+                array.copy_to_host_async()
+
     def _arguments(self, state: State, span: int, weights: Given) -> tuple[Any, ...]:
         """What the layers of all kinds begin with."""
         layers = self.programs.store.spans[span]
@@ -90,7 +98,8 @@ class DecodePass(Pass):
             return super().whole(state, weights)
         program = self.programs.program("decode", self.rows, self.each)
         arguments = (self.programs.weights, weights, state, self.active, self.present, self.sampling)
-        state, self.sampled = program(*arguments)
+        state, sampled = program(*arguments)
+        self._keep(sampled)
         return state
 
     def _layers(self, state: State, span: int, weights: Given) -> tuple[tuple[Cache, ...], jax.Array]:
@@ -105,7 +114,8 @@ class DecodePass(Pass):
         program = self.programs.program("decode_end", self.rows)
         named = self.programs.kept(self.programs.present(self.experts, self.programs.store.num_experts))
         arguments = (self.programs.weights.end, rest, self.active, named, self.y, self.sampling)
-        rest, self.sampled = program(*arguments)
+        rest, sampled = program(*arguments)
+        self._keep(sampled)
         return rest
 
 
@@ -130,6 +140,7 @@ class PrefillPass(Pass):
         chunk = self.chunk._replace(tokens=None, experts=None, weights=None)
         arguments = (self.programs.weights.end, rest, chunk, self.sampling, self.x)
         rest, sampled, scores = program(*arguments)
-        self.sampled = sampled if self.chunk.last else None
+        if self.chunk.last:
+            self._keep(sampled)
         self.scores = scores if self.chunk.scored else None
         return rest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,8 @@ from readme_jax.generate import Generator
 from readme_jax.models.runtime import Runtime
 from readme_jax.serving import kernels
 from readme_jax.serving.buckets import Limits
+from readme_jax.serving.decode import Sampled
+from readme_jax.serving.passes import DecodePass
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import TOP, Samplings
 from readme_jax.serving.store import ExpertStore
@@ -372,3 +376,13 @@ def test_bad_calls_are_named(tiny_model, served):
         Programs(tiny_model("top1"), programs.store, Limits(64, 256, decode=tuple(range(1, 65))))
     with pytest.raises(ConfigError, match="no experts"):
         programs.decode(state, np.ones(1, bool), (), present, Samplings.greedy(1))
+
+
+@pytest.mark.parametrize("platform, wanted", [("gpu", {"tokens", "experts", "missing"}), ("cpu", set())])
+def test_results_that_are_always_read_start_for_the_host_at_dispatch(platform, wanted):
+    started: set[str] = set()
+    results: Any = (SimpleNamespace(copy_to_host_async=lambda name=name: started.add(name)) for name in Sampled._fields)
+    step: Any = object.__new__(DecodePass)
+    step.programs, sampled = SimpleNamespace(platform=platform), Sampled(*results)
+    step._keep(sampled)
+    assert step.sampled is sampled and started == wanted
