@@ -20,11 +20,17 @@ def turned(x, position):
     return np.concatenate([low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], -1)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
 @pytest.mark.parametrize(
-    "tiles", [Tiles(), Tiles(block=128, rows=16), Tiles(block=512, programs=1), Tiles(block=32, tokens=64)]
+    "heads, kv_heads, tiles, window",
+    [
+        (2, 2, Tiles(), None),
+        (2, 2, Tiles(block=128, rows=16), 40),
+        (4, 2, Tiles(block=512, programs=1), None),
+        (4, 2, Tiles(block=32, tokens=64), 40),
+        (2, 2, Tiles(block=32, tokens=64), None),
+    ],
+    ids=["one block of programs", "tensor cores", "one program a row", "grouped, in parts", "in parts"],
 )
-@pytest.mark.parametrize("window", [None, 40])
 def test_attention_and_the_written_token(heads, kv_heads, tiles, window):
     rng = np.random.default_rng(0)
 

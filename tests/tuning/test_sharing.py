@@ -15,6 +15,7 @@ from readme_jax.tuning import step as steps
 from readme_jax.tuning.routes import RouterRoutes
 from readme_jax.tuning.sharing import share_gradients
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 F = MODEL.ffn_dim
 
 
