@@ -44,8 +44,8 @@ def trim() -> None:
 def settle() -> None:
     """Keep the garbage collector from all that is alive now: for a process that goes on with it for as long as it runs.
 
-    The programs of a model of 32 layers are a quarter of a million objects: a full collection that looks through them
-    stops all threads for a tenth of a second, between two tokens of everybody's answer.
+    The programs of a large model are so many objects that a full collection, which stops all threads while it looks
+    through them, would show between two tokens of everybody's answer.
     """
     gc.collect()
     gc.freeze()

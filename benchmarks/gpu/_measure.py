@@ -47,20 +47,20 @@ def held(name: str) -> list[Row]:
 
 def merge(main: str, names: Sequence[str], key: Callable[[Row], Any]) -> list[Row]:
     """Add rows of other results, as of two processes on two GPUs or of a later commit, to those of `main`, and write
-    them in the order of `key`; each says its commit. Of equal keys the first of `main` and `names` counts. The result's
-    own commit and machine are those of the last of `names`; `runs` has every command."""
+    them in the order of `key`; each says its commit. Of equal keys, also of what is said about all rows, the first of
+    `main` and `names` counts. Commit and machine are those of the last of `names`; `runs` has every command."""
     found = {name: _result(name) for name in (main, *names)}
     for name in names:
         if not found[name]["rows"]:
             raise SystemExit(f"no rows in results/{name}.json")
-    first = found[main]
-    runs = first.get("runs") or [f"{r['commit']}: {r['command']}" for r in (first,) if r["rows"]]
-    runs = [*runs, *(f"{found[name]['commit']}: {found[name]['command']}" for name in names)]
-    rows = {key(row): {"commit": r["commit"]} | row for r in reversed(found.values()) for row in r["rows"]}
+    runs, rows, about = list[str](), dict[Any, Row](), dict[str, Any]()
+    for result in (r for r in found.values() if r["rows"]):
+        runs += result.pop("runs", [f"{result['commit']}: {result['command']}"])
+        rows = {key(row): {"commit": result["commit"]} | row for row in result.pop("rows")} | rows
+        about = result | about | {each: result[each] for each in ("commit", "machine")}
+    del about["command"]  # this one's
     order = [rows[each] for each in sorted(rows)]
-    last = found[names[-1]]
-    kept = {k: v for r in (*found.values(),) for k, v in r.items() if k not in ("command", "rows", "runs")}
-    write_results(main, **kept | {each: last[each] for each in ("commit", "machine")}, runs=runs, rows=order)
+    write_results(main, **about, runs=runs, rows=order)
     return order
 
 

@@ -80,6 +80,11 @@ def script(streams: Mapping[str, np.ndarray], vocabulary: int, seed: int = 0) ->
     ).astype(np.int32)
 
 
+def marks(experts: np.ndarray, dim: int) -> jax.Array:
+    """[N, dim] router embeddings of tokens that it sends to `experts` [N]."""
+    return jnp.eye(EXPERTS, dim)[experts]
+
+
 def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
     """The mixture with tokens that follow each other, routed to `experts` [V]."""
     assert model.router is not None
@@ -88,8 +93,9 @@ def scripted(model: Mixture, experts: np.ndarray) -> Mixture:
     params["lm_head"] = jnp.roll(params["embed"], 1, axis=0) / 2500
     for name in ("o", "down"):  # the token's own embedding passes both residuals unchanged
         router[name] = jax.tree.map(jnp.zeros_like, router[name])
-    marks = jnp.eye(EXPERTS, model.router_config.dim)  # type: ignore[union-attr]
-    router["embed"], router["head"] = marks[experts], {"w": marks, "b": jnp.zeros(EXPERTS)}
+    dim = model.router_config.dim  # type: ignore[union-attr]
+    router["embed"] = marks(experts, dim)
+    router["head"] = {"w": marks(np.arange(EXPERTS), dim), "b": jnp.zeros(EXPERTS)}
     router["final_norm"] = jnp.ones_like(router["final_norm"])
     return replace(model, params=params, router=router)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _model import EXPERTS, compile_side_by_side, model_of, scripted
+from _model import EXPERTS, compile_side_by_side, marks, model_of, scripted
 
 from readme_jax import config
 from readme_jax.checkpoints.mixture import Mixture
@@ -53,7 +53,7 @@ class Served:
         """Route by another script [V] from the next engine on."""
         router = self.programs.weights.router
         assert router is not None
-        embed = jnp.eye(EXPERTS, router["embed"].shape[1])[experts]
+        embed = marks(experts, router["embed"].shape[1])
         self.programs.weights = self.programs.weights._replace(router={**router, "embed": embed})
         self.experts = experts
 

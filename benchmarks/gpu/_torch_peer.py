@@ -17,22 +17,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 STEPS, ROUNDS = 20, 3
 
 
-def model_of(shape: dict[str, int], device: str) -> Any:
-    """Random bf16 weights."""
+def llama_config(shape: dict[str, Any]) -> LlamaConfig:
+    """transformers' form of a `ModelConfig` as a dict."""
     attention: dict[str, Any] = {"attn_implementation": "sdpa"}
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape["vocab_size"],
         hidden_size=shape["embed_dim"],
         intermediate_size=shape["ffn_dim"],
         num_hidden_layers=shape["num_layers"],
         num_attention_heads=shape["num_heads"],
         num_key_value_heads=shape["num_kv_heads"],
-        max_position_embeddings=16384,
+        head_dim=shape["head_dim"],
+        max_position_embeddings=shape["max_position"],
+        rms_norm_eps=shape["norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
+        tie_word_embeddings=shape["tie_embeddings"],
         **attention,
     )
+
+
+def model_of(shape: dict[str, Any], device: str) -> Any:
+    """Random bf16 weights."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(llama_config(shape)).eval()
 
 
 @torch.inference_mode()

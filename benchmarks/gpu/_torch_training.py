@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _torch_peer import llama_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -51,21 +52,7 @@ class MaskedExperts(nn.Module):
 
 def model_of(ask: dict[str, Any], case: str, device: str) -> Any:
     """Random float32 weights."""
-    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
-    config = LlamaConfig(
-        vocab_size=ask["vocab_size"],
-        hidden_size=ask["embed_dim"],
-        intermediate_size=ask["ffn_dim"],
-        num_hidden_layers=ask["num_layers"],
-        num_attention_heads=ask["num_heads"],
-        num_key_value_heads=ask["num_kv_heads"],
-        head_dim=ask["head_dim"],
-        max_position_embeddings=ask["max_position"],
-        rms_norm_eps=ask["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": ask["rope_theta"]},
-        tie_word_embeddings=ask["tie_embeddings"],
-        **attention,
-    )
+    config = llama_config(ask)
     with torch.device(device):
         model = LlamaForCausalLM(config).train()
         if case == "seven":

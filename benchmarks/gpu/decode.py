@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,9 +122,7 @@ class Transformers:
     """The peer's process."""
 
     def __init__(self, c: ModelConfig) -> None:
-        names = ("vocab_size", "embed_dim", "ffn_dim", "num_layers", "num_heads", "num_kv_heads")
-        about = json.dumps({name: getattr(c, name) for name in names})
-        command = [sys.executable, str(HERE / "_torch_peer.py"), about]
+        command = [sys.executable, str(HERE / "_torch_peer.py"), json.dumps(asdict(c))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self, batch: int, length: int, position: int, compiled: bool) -> float:

@@ -30,21 +30,18 @@ def share_gradients(gradients: Params, channels: Params, width: int, weight: flo
     mixed = dict(gradients)
     for name in channels:
         layer, index = gradients[name], channels[name]["experts"]
-        if "experts" not in layer:
-            each = [layer[f"experts_{e}"] for e in range(index.shape[0])]
-            stacked = jax.tree.map(lambda *g: jnp.stack(g), *each)
-            own = _of_layer(stacked, index, width, weight)
-            parts = {f"experts_{e}": jax.tree.map(lambda g, e=e: g[e], own) for e in range(len(each))}
-        elif index.ndim == 2:
-            parts = {"experts": _of_layer(layer["experts"], index, width, weight)}
-        else:  # one layer at a time: all at once would hold every dense layer beside the gradients
+        if "experts" in layer:
             parts = {"experts": _of_layers(layer["experts"], index, width, weight)}
+        else:
+            each = [layer[f"experts_{e}"] for e in range(index.shape[0])]
+            own = _of_layer(jax.tree.map(lambda *g: jnp.stack(g), *each), index, width, weight)
+            parts = {f"experts_{e}": jax.tree.map(lambda g, e=e: g[e], own) for e in range(len(each))}
         mixed[name] = {**layer, **parts}
     return mixed
 
 
 def _of_layers(gradients: Params, index: jax.Array, width: int, weight: float) -> dict[str, jax.Array]:
-    """Of scanned layers."""
+    """Of scanned layers, one at a time: all at once would hold every dense layer beside the gradients."""
     return jax.lax.map(lambda layer: _of_layer(layer[0], layer[1], width, weight), (dict(gradients), index))
 
 
