@@ -34,7 +34,14 @@ def candidates(kv_heads: int) -> list[Tiles]:
         Tiles(block, row, 528, tokens, warps, stages)
         for block, row, warps, stages in itertools.product((64, 128), rows, (2, 4), (2, 3, 4))
         for tokens in ((512,) if stages > 2 else (256, 512, 4096))
+        if row > 1 or (stages == 2 and block == 64)
     ]
+    if kv_heads == HEADS:
+        found += [
+            Tiles(block, 1, programs, tokens, warps, 2, True)
+            for block, warps in ((16, 1), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))
+            for programs, tokens in ((528, 256), (528, 512), (528, 4096), (256, 512), (1056, 512))
+        ]
     return [TILES, *(tiles for tiles in found if tiles != TILES)]
 
 

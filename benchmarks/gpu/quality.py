@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,17 @@ SETTINGS = (
     "Slice.align = 128",
 )  # scanned: compiles soon
 MAIN = "gpu_quality"
-Wanted = tuple[str, int, int, float, float]  # recipe, tokens, seed, learning rate, ExpertStage.share
+
+
+class Wanted(NamedTuple):
+    """What a row is of; `share` and `distill` are ExpertStage's."""
+
+    recipe: str
+    tokens: int
+    seed: int
+    lr: float
+    share: float
+    distill: float
 
 
 def batch_of(tokens: int) -> int:
@@ -88,7 +98,9 @@ def rate_of(name: str, tokens: int) -> float:
 
 def key_of(row: Row) -> Wanted:
     """What a row is of; an untuned model has no rate."""
-    return row["recipe"], row["tokens"], row["seed"], row.get("lr", 0.0), row.get("share", 0.0)
+    return Wanted(
+        row["recipe"], row["tokens"], row["seed"], row.get("lr", 0.0), row.get("share", 0.0), row.get("distill", 0.0)
+    )
 
 
 @dataclass
@@ -101,7 +113,7 @@ class Arm:
     router: Any
     domains: int
     evaluator: Evaluator
-    steps: dict[tuple[Stage, int, float], Step] = field(default_factory=dict)
+    steps: dict[tuple[Any, ...], Step] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)  # by seed, where tuned before the experts
 
 
@@ -124,8 +136,9 @@ def cut(s: Setting, name: str, run: config.Run, calibration: Mapping[str, np.nda
 class Trainer:
     """Stages of an arm, as `tuning.rounds.Tuner` runs them, on programs that all of its rows share."""
 
-    def __init__(self, s: Setting, arm: Arm, corpus: Corpus, seed: int, share: float) -> None:
-        self.s, self.arm, self.corpus, self.seed, self.share = s, arm, corpus, seed, share
+    def __init__(self, s: Setting, arm: Arm, corpus: Corpus, wanted: Wanted) -> None:
+        self.s, self.arm, self.corpus, self.seed = s, arm, corpus, wanted.seed
+        self.share, self.distill = wanted.share, wanted.distill
 
     def tune(self, tokens: int, batch: int, lr: float) -> tuple[Any, Any, int]:
         """Backbone, router, and tokens spent on experts."""
@@ -154,7 +167,8 @@ class Trainer:
         if parts is None:
             return {}
         routes = {"routes": own_routes(parts, router)} if parts.mixture.num_experts > 1 else {}
-        return {"channels": parts.channels, **routes}
+        teacher = {"teacher": parts.dense} if self.distill else {}
+        return {"channels": parts.channels, **routes, **teacher}
 
     def _stage(self, stage: Stage, weights: Any, frozen: Any, steps: int, batch: int, peak: float, round_: int) -> Any:
         step = self._step(stage, batch)
@@ -175,9 +189,10 @@ class Trainer:
 
     def _step(self, stage: Stage, batch: int) -> Step:
         arm, run = self.arm, self.arm.run
-        key = (stage, batch, self.share)
+        key = (stage, batch, self.share, self.distill)
         if key not in arm.steps:
-            experts = replace(run.expert_stage, steps=LONG, batch=batch, accumulate=1, share=self.share)
+            experts = replace(run.expert_stage, steps=LONG, batch=batch, accumulate=1)
+            experts = replace(experts, share=self.share, distill=self.distill)
             run = replace(run, expert_stage=experts, router_stage=replace(run.router_stage, steps=LONG, batch=batch))
             if arm.parts is None:
                 arm.steps[key] = build_expert_step(
@@ -213,7 +228,9 @@ def plot(rows: list[Row], path: Path) -> None:
     """Mean and range over seeds at the best rate, on logarithmic axes."""
     figure, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
     for name in RECIPES:
-        mine = [r for r in rows if r["recipe"] == name and r["tokens"] > 0 and not r.get("share")]
+        mine = [
+            r for r in rows if r["recipe"] == name and r["tokens"] > 0 and not r.get("share") and not r.get("distill")
+        ]
         sizes = sorted({r["tokens"] for r in mine})
         if sizes:
             best = [at_best_rate([r for r in mine if r["tokens"] == size]) for size in sizes]
@@ -247,6 +264,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="after which no row is begun")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="of the learning rate, a row each")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0], help="ExpertStage.share of `best`, a row")
+    parser.add_argument("--distills", type=float, nargs="+", default=[0.0], help="ExpertStage.distill of `best`, a row")
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all recipes")
     parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
@@ -259,9 +277,10 @@ def rows_wanted(args: argparse.Namespace) -> list[Wanted]:
     """What is asked for and not yet measured, each recipe's default rates first."""
     done = {key_of(row) for name in {MAIN, args.name} for row in held(name)}
     asked = [
-        (name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"), share)
+        Wanted(name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"), share, distill)
         for name in args.recipes
         for share in (args.shares if name == "best" else [0.0])
+        for distill in (args.distills if name == "best" else [0.0])
         for factor in args.factors
         for seed in args.seeds
         for tokens in args.tokens
@@ -305,16 +324,18 @@ def rows_of(results: Rows, s: Setting, name: str, wanted: list[Wanted], args: An
         channels = None if arm.parts is None else arm.parts.channels
         start_ = arm.evaluator.domains(arm.backbone, s.validation, None if arm.parts is None else routes, channels)
         add(results, name, 0, 0, perplexities(start_), 0.0)
-    for _, tokens, seed, lr, share in wanted:
+    for each in wanted:
+        _, tokens, seed, lr, share, distill = each
         batch = batch_of(tokens)
-        expected = predicted(name, tokens, False, ("experts", batch, share) in arm.steps)
+        expected = predicted(name, tokens, False, ("experts", batch, share, distill) in arm.steps)
         if time.perf_counter() - began + expected > 60 * args.minutes:
             print(f"{name} {tokens} seed {seed}: {expected:.0f} s do not fit into what is left", flush=True)
             continue
         at = time.perf_counter()
-        backbone, router, spent = Trainer(s, arm, s.corpus, seed, share).tune(tokens, batch, lr)
+        backbone, router, spent = Trainer(s, arm, s.corpus, each).tune(tokens, batch, lr)
         found = evaluate(s, arm, backbone, router)
-        add(results, name, tokens, seed, found, time.perf_counter() - at, spent=spent, lr=lr, batch=batch, share=share)
+        about = {"spent": spent, "lr": lr, "batch": batch, "share": share, "distill": distill}
+        add(results, name, tokens, seed, found, time.perf_counter() - at, **about)
 
 
 def add(
@@ -328,12 +349,13 @@ def add(
 def table(wanted: list[Wanted]) -> None:
     """Predicted seconds of each row, and in all."""
     total, seen = 0.0, set[Any]()
-    for name, tokens, seed, lr, share in wanted:
+    for name, tokens, seed, lr, share, distill in wanted:
         batch = batch_of(tokens)
-        seconds = predicted(name, tokens, name not in seen and name != "dense", (name, batch, share) in seen)
-        seen |= {name, (name, batch, share)}
+        program = (name, batch, share, distill)
+        seconds = predicted(name, tokens, name not in seen and name != "dense", program in seen)
+        seen |= {name, program}
         total += seconds
-        about = f"{name:18} {tokens:>11,} seed {seed} lr {lr:g} share {share:g}"
+        about = f"{name:18} {tokens:>11,} seed {seed} lr {lr:g} share {share:g} distill {distill:g}"
         print(f"{about}  {seconds:5.0f} s, {total / 60:5.1f} min in all")
 
 

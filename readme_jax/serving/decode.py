@@ -24,7 +24,7 @@ from readme_jax.models import attention
 from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Expert, kernel_pairs
-from readme_jax.serving import attend, kernels, spread
+from readme_jax.serving import attend, kernels, matvec, spread
 from readme_jax.serving.sampling import Samplings, choose_tokens
 from readme_jax.serving.spread import ONE, Cut
 from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
@@ -111,9 +111,20 @@ def plan_rows(
     return Plan(slots, inverse, jnp.cumsum(size) - size, size, weights), runs
 
 
-def swiglu(y: jax.Array, w: Expert) -> jax.Array:
+def times(runtime: Runtime, w: jax.Array, y: jax.Array) -> jax.Array:
+    """w [N, D] @ y [D, B], [N, B]."""
+    if runtime.decode == "kernel" and y.shape[1] <= matvec.COLUMNS:
+        return matvec.matvec(w, y, interpret=jax.default_backend() == "cpu")
+    return w @ y
+
+
+def swiglu(runtime: Runtime, y: jax.Array, w: Expert) -> jax.Array:
     """Feature-major SwiGLU, [D, N] -> [D, N]."""
-    return w.down @ (jax.nn.silu(w.gate @ y) * (w.up @ y))
+    if runtime.decode == "kernel" and y.shape[1] <= matvec.COLUMNS:
+        h = matvec.gated(w.gate, w.up, y, interpret=jax.default_backend() == "cpu")
+    else:
+        h = jax.nn.silu(w.gate @ y) * (w.up @ y)
+    return times(runtime, w.down, h)
 
 
 def expert_columns(
@@ -127,12 +138,12 @@ def expert_columns(
     here.
     """
     if len(experts) == 1 and not some:
-        return swiglu(y, experts[0])
+        return swiglu(runtime, y, experts[0])
     if runtime.segments == "kernel":
         pairs = kernel_pairs(y.T, plan.slots, plan.inverse, plan.size, list(experts))
         return _weigh(rearrange(pairs, "(b k) d -> d b k", b=y.shape[1]), plan)
     if runtime.segments != "blocks":
-        return _masked_columns(y, plan, experts)
+        return _masked_columns(runtime, y, plan, experts)
     top = plan.slots.shape[0]
     sizes = segment_sizes(top)
     columns = jnp.pad(jnp.take(y, plan.slots // plan.inverse.shape[1], axis=1), ((0, 0), (0, top)))
@@ -140,7 +151,7 @@ def expert_columns(
 
     def segment(w: Expert, start: jax.Array, size: int) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1)
-        return jnp.pad(swiglu(part, w), ((0, 0), (0, top - size)))
+        return jnp.pad(swiglu(runtime, part, w), ((0, 0), (0, top - size)))
 
     for p, w in enumerate(experts):
         start = plan.start[p]
@@ -159,12 +170,12 @@ def segment_sizes(columns: int) -> tuple[int, ...]:
     return (*(n for n in (4, 8, 16, 64) if n < columns), columns)
 
 
-def _masked_columns(y: jax.Array, plan: Plan, experts: Sequence[Expert]) -> jax.Array:
+def _masked_columns(runtime: Runtime, y: jax.Array, plan: Plan, experts: Sequence[Expert]) -> jax.Array:
     at = jnp.arange(plan.slots.shape[0])[:, None]
     mine = (at >= plan.start) & (at < plan.start + plan.size)  # [B * Kx, P]
     weights = plan.weights if plan.weights.shape[1] > 1 else jnp.ones_like(plan.weights)
     share = jnp.einsum("bkp,bk->pb", mine[plan.inverse].astype(jnp.float32), weights)
-    parts = [swiglu(y, w) * share[p].astype(y.dtype) for p, w in enumerate(experts)]
+    parts = [swiglu(runtime, y, w) * share[p].astype(y.dtype) for p, w in enumerate(experts)]
     return functools.reduce(jnp.add, parts)
 
 
@@ -208,9 +219,9 @@ class Token(NamedTuple):
 
 def _attention(shape: Shape, p: Params, y: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Token | Cache]:
     """Self-attention over y [D, B], [D, B], and the tokens' keys and values, or the cache with them in it already."""
-    left = [p["qkv"] @ y] if "qkv" in p else [p[n] @ y for n in LEFT]
+    left = [times(shape.runtime, p[n], y) for n in (("qkv",) if "qkv" in p else LEFT)]
     out, new = _self_attention(shape.runtime, left, cache, step, shape.config.sliding_window)
-    return spread.total(p["o"] @ out, shape.cut.heads), new
+    return spread.total(times(shape.runtime, p["o"], out), shape.cut.heads), new
 
 
 def _self_attention(
@@ -258,7 +269,7 @@ def _feed_forward(
     shape: Shape, always: Expert | None, plan: Plan | None, experts: Sequence[Expert], y: jax.Array
 ) -> jax.Array:
     """The permanent part's and the experts' share of y [D, B]."""
-    parts = [] if always is None else [swiglu(y, always)]
+    parts = [] if always is None else [swiglu(shape.runtime, y, always)]
     if plan is not None:
         parts.append(expert_columns(y, plan, experts, shape.runtime, some=shape.cut.experts > 1))
     return spread.total(functools.reduce(jnp.add, parts), shape.cut.rest)

@@ -41,6 +41,7 @@ class Tiles(NamedTuple):
     tokens: int = 512
     warps: int = 4
     stages: int = 2
+    lanes: bool = False
 
 
 TILES = Tiles()
@@ -80,7 +81,15 @@ def attend_and_write(
     sums = jax.ShapeDtypeStruct((share, kv_heads, rows, batch), jnp.float32)
     scale = 1 / (divisor or math.sqrt(width))
     out, total, largest, keys, values = pl.pallas_call(
-        functools.partial(_attend_kernel, heads=heads, tokens=tokens, step=step, window=window, scale=scale),
+        functools.partial(
+            _attend_kernel,
+            heads=heads,
+            tokens=tokens,
+            step=step,
+            window=window,
+            scale=scale,
+            lanes=tiles.lanes and rows == 1,
+        ),
         grid=(batch, kv_heads, share),
         out_shape=(
             jax.ShapeDtypeStruct((share, kv_heads, rows, width, batch), jnp.float32),
@@ -94,9 +103,29 @@ def attend_and_write(
         interpret=interpret,
         name="decode_attention",
     )(positions, runs.astype(jnp.int32), qkv, cos, sin, keys, values)
-    scales = jnp.exp(largest - largest.max(axis=0))
-    whole = jnp.sum(out * scales[:, :, :, None], axis=0) / jnp.sum(total * scales, axis=0)[:, :, None]
-    return rearrange(whole[:, :group].astype(qkv.dtype), "k g h b -> (k g h) b"), Cache((keys,), (values,))
+    merged = pl.pallas_call(
+        _merge_kernel,
+        grid=(batch, heads),
+        out_shape=jax.ShapeDtypeStruct((heads, width, batch), qkv.dtype),
+        compiler_params=triton.CompilerParams(num_warps=1),
+        interpret=interpret,
+        name="merge_attention",
+    )(out, total, largest)
+    return rearrange(merged, "n h b -> (n h) b"), Cache((keys,), (values,))
+
+
+def _merge_kernel(sums_ref: Any, total_ref: Any, largest_ref: Any, out_ref: Any) -> None:
+    """One row and head: what its programs have summed, each relative to its own largest logit."""
+    b, head = pl.program_id(0), pl.program_id(1)
+    share, kv_heads = sums_ref.shape[:2]
+    group = out_ref.shape[0] // kv_heads
+    at = (head // group, head % group)
+    each = [largest_ref[j, *at, b] for j in range(share)]
+    above = functools.reduce(jnp.maximum, each)
+    scales = [jnp.exp(x - above) for x in each]
+    total = functools.reduce(jnp.add, [total_ref[j, *at, b] * scale for j, scale in enumerate(scales)])
+    out = functools.reduce(jnp.add, [sums_ref[j, *at, :, b] * scale for j, scale in enumerate(scales)])
+    out_ref[head, :, b] = (out / total).astype(out_ref.dtype)
 
 
 def _attend_kernel(
@@ -118,6 +147,7 @@ def _attend_kernel(
     step: int,
     window: int | None,
     scale: float,
+    lanes: bool,
 ) -> None:
     """One row, one kv head, tokens [j * tokens, (j + 1) * tokens) of the past; for j = 0 also the token itself.
 
@@ -161,13 +191,42 @@ def _attend_kernel(
         fade = jnp.exp(largest - above)
         return out * fade[:, None] + product(odds.astype(dtype), read), total * fade + jnp.sum(odds, axis=1), above
 
+    def lanes_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, total, largest = carry
+        here = pl.ds(i * step, step)
+        slots = i * step + jnp.arange(step)
+        seen = (slots >= first) & (slots < last)
+        parts = [
+            x.astype(jnp.float32).reshape(half, 1) * keys_ref[b, n, pl.ds(at, half), here].astype(jnp.float32)
+            for x, at in zip(q, (0, half), strict=True)
+        ]
+        logits = jnp.where(seen, jnp.sum(parts[0] + parts[1], axis=0) * scale, MASKED)
+        above = jnp.maximum(largest, logits)
+        odds = jnp.where(seen, jnp.exp(logits - above), 0.0)
+        read = jnp.where(seen[:, None], values_ref[b, n, here, :], 0).astype(jnp.float32)
+        fade = jnp.exp(largest - above)
+        return out * fade[:, None] + odds[:, None] * read, total * fade + odds, above
+
     mine = j == 0
-    carry = (
-        jnp.where(mine, v.astype(jnp.float32)[None], jnp.zeros((rows, width), jnp.float32)),
-        jnp.where(mine, jnp.ones(rows, jnp.float32), 0.0),
-        jnp.where(mine, own, MASKED),
-    )
-    out, total, largest = jax.lax.fori_loop(first // step, (last + step - 1) // step, block, carry)
+    if lanes:
+        is_first = mine & (jnp.arange(step) == 0)
+        carry = (
+            jnp.where(is_first[:, None], v.astype(jnp.float32)[None], jnp.zeros((step, width), jnp.float32)),
+            jnp.where(is_first, 1.0, jnp.zeros(step, jnp.float32)),
+            jnp.where(is_first, own, jnp.full(step, MASKED, jnp.float32)),
+        )
+        out, total, largest = jax.lax.fori_loop(first // step, (last + step - 1) // step, lanes_block, carry)
+        above = jnp.max(largest, axis=0)
+        fade = jnp.exp(largest - above)
+        out, total = jnp.sum(out * fade[:, None], axis=0)[None], jnp.sum(total * fade, axis=0)[None]
+        largest = above[None]
+    else:
+        carry = (
+            jnp.where(mine, v.astype(jnp.float32)[None], jnp.zeros((rows, width), jnp.float32)),
+            jnp.where(mine, jnp.ones(rows, jnp.float32), 0.0),
+            jnp.where(mine, own, MASKED),
+        )
+        out, total, largest = jax.lax.fori_loop(first // step, (last + step - 1) // step, block, carry)
     out_ref[j, n, :, :, b] = out
     total_ref[j, n, :, b] = total
     largest_ref[j, n, :, b] = largest

@@ -28,8 +28,18 @@ def turned(x, position):
         (4, 2, Tiles(block=512, programs=1), None),
         (4, 2, Tiles(block=32, tokens=64), 40),
         (2, 2, Tiles(block=32, tokens=64), None),
+        (2, 2, Tiles(block=32, tokens=64, lanes=True), None),
+        (2, 2, Tiles(block=64, tokens=256, lanes=True), 40),
     ],
-    ids=["one block of programs", "tensor cores", "one program a row", "grouped, in parts", "in parts"],
+    ids=[
+        "one block of programs",
+        "tensor cores",
+        "one program a row",
+        "grouped, in parts",
+        "in parts",
+        "lanes",
+        "lanesw",
+    ],
 )
 def test_attention_and_the_written_token(heads, kv_heads, tiles, window):
     rng = np.random.default_rng(0)
