@@ -11,7 +11,8 @@ import pytest
 
 from readme_jax.models.grouped_gpu import grouped_swiglu, tiles_for
 from readme_jax.models.segments import Expert, plan_routes
-from readme_jax.serving.kernels import Tiles, add_norm, attend_and_write
+from readme_jax.serving.kernels import Tiles, attend_and_write
+from readme_jax.serving.matvec import Normed, gated, matvec
 from readme_jax.serving.prompt_kernel import attend_chunk
 from readme_jax.serving.state import Cache
 
@@ -62,10 +63,13 @@ def test_attention_of_a_decode_step(heads, kv_heads, width, tiles):
     assert "decode_attention" in lowered(attend, *arguments, array(8, dtype=jnp.int32), array(8, dtype=bool))
 
 
-@pytest.mark.parametrize("width", [4096, 576])
-def test_norm_of_a_decode_step(width):
-    step = lowered(lambda x, y, scale: add_norm(x, y, scale, 1e-5), array(width, 2), array(width, 2), array(width))
-    assert "add_norm" in step
+@pytest.mark.parametrize("width, own", [(4096, 5504), (576, 768)])
+def test_products_of_few_columns(width, own):
+    def feed_forward(x, scale, gate, up, down):
+        return matvec(down, gated(gate, up, Normed(x, scale, 1e-5)), x)
+
+    step = lowered(feed_forward, array(width, 2), array(width), array(own, width), array(own, width), array(width, own))
+    assert '"matvec"' in step and "gated_matvec" in step
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import Rows, copy_bandwidth, seconds_of
+from _measure import Rows, copy_bandwidth, seconds_in_a_row
 
 from readme_jax.serving.kernels import TENSOR_ROWS, TILES, Tiles, attend_and_write
 from readme_jax.serving.state import Cache
 
 WIDTH, HEADS, FILLED = 128, 32, 0.88
-LAYERS, THREADS = 4, 12
+LAYERS, THREADS = 8, 24
 SHAPES = {"llama": 32, "mistral": 8}  # kv heads
 
 
@@ -32,15 +32,15 @@ def candidates(kv_heads: int) -> list[Tiles]:
     rows = (1, TENSOR_ROWS) if kv_heads == HEADS else (1,)  # of several heads a kv head tensor cores are taken anyway
     found = [
         Tiles(block, row, 528, tokens, warps, stages)
-        for block, row, warps, stages in itertools.product((64, 128), rows, (2, 4), (2, 3, 4))
-        for tokens in ((512,) if stages > 2 else (256, 512, 4096))
-        if row > 1 or (stages == 2 and block == 64)
+        for block, row, warps, stages in itertools.product((64, 128, 256), rows, (2, 4, 8), (1, 2, 3))
+        for tokens in (512, 4096)
+        if row > 1 or (stages == 2 and warps < 8)
     ]
     if kv_heads == HEADS:
         found += [
-            Tiles(block, 1, programs, tokens, warps, 2, True)
-            for block, warps in ((16, 1), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 8))
-            for programs, tokens in ((528, 256), (528, 512), (528, 4096), (256, 512), (1056, 512))
+            Tiles(block, 1, 528, tokens, warps, 2, True)
+            for block, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (64, 8), (128, 8))
+            for tokens in (512, 4096)
         ]
     return [TILES, *(tiles for tiles in found if tiles != TILES)]
 
@@ -92,7 +92,7 @@ def measure(results: Rows, shape: str, batch: int, length: int, ragged: bool) ->
             out, caches = program(qkv, angles, caches, positions)
             return out
 
-        found.append((min(seconds_of(call, 10) for _ in range(2)) / LAYERS, tiles))
+        found.append((seconds_in_a_row(call) / LAYERS, tiles))
     for seconds, tiles in sorted(found, key=lambda each: each[0]):
         over = seconds * results.about["copy_bandwidth"] / bytes_
         about = {"shape": shape, "batch": batch, "ragged": ragged, "filled": int(positions.sum())}

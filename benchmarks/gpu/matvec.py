@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import Rows, copy_bandwidth, seconds_of
+from _measure import Rows, copy_bandwidth, seconds_in_a_row
 
 from readme_jax.serving.matvec import TILES, Tiles, gated, matvec
 from readme_jax.serving.programs import GPU_OPTIONS
 
-THREADS, BYTES = 12, 2 * 2**30  # of weights a case: far more than the caches hold
+THREADS, BYTES = 24, 6 * 2**30  # of weights a case: far more than the caches hold
 CASES = {  # outputs, inputs, weights
     "qkv": (12288, 4096, 1),
     "o": (4096, 4096, 1),
@@ -76,7 +76,7 @@ def measure(results: Rows, case: str, columns: int) -> None:
         if isinstance(program, Exception):
             print({"failed": str(tiles), "why": str(program).splitlines()[0][:200]}, flush=True)
             continue
-        seconds = min(seconds_of(lambda program=program: program(weights, y), 7) for _ in range(2))  # type: ignore[misc]
+        seconds = seconds_in_a_row(lambda program=program: program(weights, y))  # type: ignore[misc]
         found.append((seconds / len(weights), tiles))
     for seconds, tiles in sorted(found, key=lambda each: each[0]):
         about = {"case": case, "columns": columns, "backend": "kernel" if tiles else "xla", "chosen": tiles == TILES}

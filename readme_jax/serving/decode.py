@@ -25,6 +25,7 @@ from readme_jax.models.router import choose
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Expert, kernel_pairs
 from readme_jax.serving import attend, kernels, matvec, spread
+from readme_jax.serving.matvec import Normed
 from readme_jax.serving.sampling import Samplings, choose_tokens
 from readme_jax.serving.spread import ONE, Cut
 from readme_jax.serving.state import Cache, State, attend_cached, write_tokens
@@ -60,10 +61,9 @@ class Weights(NamedTuple):
     router: Params | None
 
     def span(self, layers: slice) -> Weights:
-        """Some of the layers; what follows them stands for the final norm."""
-        norm = self.layers[layers.stop]["attn_norm"] if layers.stop < len(self.layers) else self.final_norm
+        """Some of the layers."""
         some = (self.layers[layers], self.permanent[layers])
-        return self._replace(head=self.embed, final_norm=norm, layers=some[0], permanent=some[1], router=None)
+        return self._replace(head=self.embed, layers=some[0], permanent=some[1], router=None)
 
     @property
     def end(self) -> Weights:
@@ -111,20 +111,41 @@ def plan_rows(
     return Plan(slots, inverse, jnp.cumsum(size) - size, size, weights), runs
 
 
-def times(runtime: Runtime, w: jax.Array, y: jax.Array) -> jax.Array:
-    """w [N, D] @ y [D, B], [N, B]."""
-    if runtime.decode == "kernel" and y.shape[1] <= matvec.COLUMNS:
-        return matvec.matvec(w, y, interpret=jax.default_backend() == "cpu")
-    return w @ y
+def few(runtime: Runtime, columns: int) -> bool:
+    """Whether products of so many columns are our kernels'."""
+    return runtime.decode == "kernel" and columns <= matvec.COLUMNS
 
 
-def swiglu(runtime: Runtime, y: jax.Array, w: Expert) -> jax.Array:
-    """Feature-major SwiGLU, [D, N] -> [D, N]."""
-    if runtime.decode == "kernel" and y.shape[1] <= matvec.COLUMNS:
+def times(runtime: Runtime, w: jax.Array, y: jax.Array | Normed, add: jax.Array | None = None) -> jax.Array:
+    """w [N, D] @ y [D, B], [N, B], with `add` [N, B] added."""
+    x = y.x if isinstance(y, Normed) else y
+    if few(runtime, x.shape[1]):
+        return matvec.matvec(w, y, add, interpret=jax.default_backend() == "cpu")
+    out = w @ plain(y)
+    return out if add is None else add + out
+
+
+def swiglu(runtime: Runtime, y: jax.Array | Normed, w: Expert, add: jax.Array | None = None) -> jax.Array:
+    """Feature-major SwiGLU, [D, N] -> [D, N], with `add` added."""
+    x = y.x if isinstance(y, Normed) else y
+    if few(runtime, x.shape[1]):
         h = matvec.gated(w.gate, w.up, y, interpret=jax.default_backend() == "cpu")
     else:
+        y = plain(y)
         h = jax.nn.silu(w.gate @ y) * (w.up @ y)
-    return times(runtime, w.down, h)
+    return times(runtime, w.down, h, add)
+
+
+def plain(y: jax.Array | Normed) -> jax.Array:
+    """[D, B], normalised now."""
+    return _norm(*y) if isinstance(y, Normed) else y
+
+
+def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the first axis of [D, B], in float32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)[:, None]).astype(x.dtype)
 
 
 def expert_columns(
@@ -132,13 +153,11 @@ def expert_columns(
 ) -> jax.Array:
     """The weighted sum of each column's experts, [D, B] -> [D, B].
 
-    One expert: plain matmuls. Else `kernel` is prefill's; `blocks` runs each segment as matmuls over a static number of
+    `kernel` is prefill's; `blocks` runs each segment as matmuls over a static number of
     columns, of which the spare ones are overwritten by the experts that follow; other back ends run every expert over
     all columns. With `some`, the plan need not cover all columns: the rest belong to experts elsewhere and add nothing
     here.
     """
-    if len(experts) == 1 and not some:
-        return swiglu(runtime, y, experts[0])
     if runtime.segments == "kernel":
         pairs = kernel_pairs(y.T, plan.slots, plan.inverse, plan.size, list(experts))
         return _weigh(rearrange(pairs, "(b k) d -> d b k", b=y.shape[1]), plan)
@@ -186,13 +205,6 @@ def _weigh(pairs: jax.Array, plan: Plan) -> jax.Array:
     return jnp.sum(pairs * plan.weights.astype(pairs.dtype), axis=2)
 
 
-def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the first axis of [D, B], in float32."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)[:, None]).astype(x.dtype)
-
-
 class Step(NamedTuple):
     """What the layers of one step share: positions [B] of its tokens, which rows run [B], rotary cos and sin [h/2, B]
     and how many keys are read."""
@@ -217,11 +229,14 @@ class Token(NamedTuple):
     value: jax.Array
 
 
-def _attention(shape: Shape, p: Params, y: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Token | Cache]:
-    """Self-attention over y [D, B], [D, B], and the tokens' keys and values, or the cache with them in it already."""
+def _attention(shape: Shape, p: Params, x: jax.Array, cache: Cache, step: Step) -> tuple[jax.Array, Token | Cache]:
+    """x [D, B] with self-attention added, and the tokens' keys and values, or the cache with them in it already."""
+    y = Normed(x, p["attn_norm"], shape.config.norm_eps)
     left = [times(shape.runtime, p[n], y) for n in (("qkv",) if "qkv" in p else LEFT)]
     out, new = _self_attention(shape.runtime, left, cache, step, shape.config.sliding_window)
-    return spread.total(times(shape.runtime, p["o"], out), shape.cut.heads), new
+    if shape.cut.heads:
+        return x + spread.total(times(shape.runtime, p["o"], out), shape.cut.heads), new
+    return times(shape.runtime, p["o"], out, x), new
 
 
 def _self_attention(
@@ -266,21 +281,20 @@ def attend_columns(
 
 
 def _feed_forward(
-    shape: Shape, always: Expert | None, plan: Plan | None, experts: Sequence[Expert], y: jax.Array
+    shape: Shape, p: Params, always: Expert | None, plan: Plan | None, experts: Sequence[Expert], x: jax.Array
 ) -> jax.Array:
-    """The permanent part's and the experts' share of y [D, B]."""
-    parts = [] if always is None else [swiglu(shape.runtime, y, always)]
-    if plan is not None:
-        parts.append(expert_columns(y, plan, experts, shape.runtime, some=shape.cut.experts > 1))
-    return spread.total(functools.reduce(jnp.add, parts), shape.cut.rest)
-
-
-def _add_norm(shape: Shape, x: jax.Array, delta: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x + delta [D, B], and that normalised."""
-    if shape.runtime.decode == "kernel" and x.shape[1] <= kernels.NORM_ROWS:
-        return kernels.add_norm(x, delta, scale, shape.config.norm_eps, interpret=jax.default_backend() == "cpu")
-    x = x + delta
-    return x, _norm(x, scale, shape.config.norm_eps)
+    """x [D, B] with the permanent part and the experts added."""
+    y, cut = Normed(x, p["ffn_norm"], shape.config.norm_eps), shape.cut
+    alone = plan is not None and len(experts) == 1 and cut.experts == 1  # then it is every column's
+    out = None if cut.rest else x
+    for w in (always, experts[0] if alone else None):
+        if w is not None:
+            out = swiglu(shape.runtime, y, w, out)
+    if plan is not None and not alone:
+        mixed = expert_columns(plain(y), plan, experts, shape.runtime, some=cut.experts > 1)
+        out = mixed if out is None else out + mixed
+    assert out is not None
+    return x + spread.total(out, cut.rest) if cut.rest else out
 
 
 class Layout(NamedTuple):
@@ -306,9 +320,9 @@ def decode_step(
     active [B] bool, present [P] int32 names `experts`, which has an entry a layer (of none: a dense model).
     """
     rows = lay_out(shape, state, active, present)
-    x, y = embed_rows(shape, weights, state, active.shape[0])
-    layers, _, y = run_layers(shape, weights, experts, state.layers, rows, x, y)
-    return finish(shape, weights, replace(state, layers=layers), rows, y, sampling)
+    x = embed_rows(shape, weights, state, active.shape[0])
+    layers, x = run_layers(shape, weights, experts, state.layers, rows, x)
+    return finish(shape, weights, replace(state, layers=layers), rows, x, sampling)
 
 
 def decode_span(
@@ -321,16 +335,15 @@ def decode_span(
     present: jax.Array,
     first: jax.Array,
     x: jax.Array,
-    y: jax.Array,
-) -> tuple[tuple[Cache, ...], jax.Array, jax.Array, jax.Array]:
-    """Some layers of a step, those of `weights`: x and y [D, B] come from the layers before, but for the `first`.
+) -> tuple[tuple[Cache, ...], jax.Array, jax.Array]:
+    """Some layers of a step, those of `weights`: x [D, B] comes from the layers before, but for the `first`.
 
-    `caches` are theirs; `state` is only read. Returns caches, x, y, and a scalar that is there when all of it has run.
+    `caches` are theirs; `state` is only read. Returns caches, x, and a scalar that is there when all of it has run.
     """
     rows = lay_out(shape, state, active, present)
-    x, y = jax.lax.cond(first, lambda: embed_rows(shape, weights, state, active.shape[0]), lambda: (x, y))
-    caches, x, y = run_layers(shape, weights, experts, caches, rows, x, y)
-    return caches, x, y, after(y)
+    x = jax.lax.cond(first, lambda: embed_rows(shape, weights, state, active.shape[0]), lambda: x)
+    caches, x = run_layers(shape, weights, experts, caches, rows, x)
+    return caches, x, after(x)
 
 
 def decode_end(
@@ -339,11 +352,11 @@ def decode_end(
     state: State,
     active: jax.Array,
     present: jax.Array,
-    y: jax.Array,
+    x: jax.Array,
     sampling: Samplings,
 ) -> tuple[State, Sampled]:
-    """The end of a step whose layers have run: y [D, B] comes from the last one."""
-    return finish(shape, weights, state, lay_out(shape, state, active, present), y, sampling)
+    """The end of a step whose layers have run: x [D, B] comes from the last one."""
+    return finish(shape, weights, state, lay_out(shape, state, active, present), x, sampling)
 
 
 def lay_out(shape: Shape, state: State, active: jax.Array, present: jax.Array) -> Layout:
@@ -358,10 +371,9 @@ def lay_out(shape: Shape, state: State, active: jax.Array, present: jax.Array) -
     return Layout(step, plan, active & ~runs)
 
 
-def embed_rows(shape: Shape, weights: Weights, state: State, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The last tokens of rows 0 .. B before the first layer [D, B], and that normalised."""
-    x = spread.embed(weights.embed, state.token[:rows], shape.cut.rest).T
-    return x, _norm(x, weights.layers[0]["attn_norm"], shape.config.norm_eps)
+def embed_rows(shape: Shape, weights: Weights, state: State, rows: int) -> jax.Array:
+    """The last tokens of rows 0 .. B before the first layer [D, B]."""
+    return spread.embed(weights.embed, state.token[:rows], shape.cut.rest).T
 
 
 def run_layers(
@@ -371,23 +383,18 @@ def run_layers(
     caches: Sequence[Cache],
     rows: Layout,
     x: jax.Array,
-    y: jax.Array,
-) -> tuple[tuple[Cache, ...], jax.Array, jax.Array]:
-    """The layers of `weights` over x [D, B] and y, x normalised: both after the last layer, y then as `final_norm`
-    says. Their `caches` get the rows' keys and values."""
+) -> tuple[tuple[Cache, ...], jax.Array]:
+    """The layers of `weights` over x [D, B]. Their `caches` get the rows' keys and values."""
     step, plan, _ = rows
-    following = [*(p["attn_norm"] for p in weights.layers[1:]), weights.final_norm]
     new = []
     for i, p in enumerate(weights.layers):
         with jax.named_scope("attention"):
-            delta, token = _attention(shape, p, y, caches[i], step)
-            x, y = _add_norm(shape, x, delta, p["ffn_norm"])
+            x, token = _attention(shape, p, x, caches[i], step)
         new.append(token)
         with jax.named_scope("feed_forward"):
-            delta = _feed_forward(shape, weights.permanent[i], plan, experts[i], y)
-            x, y = _add_norm(shape, x, delta, following[i])
-    positions = step.positions + after(y)
-    return _with(caches, new, jnp.arange(positions.shape[0]), positions, step.runs), x, y
+            x = _feed_forward(shape, p, weights.permanent[i], plan, experts[i], x)
+    positions = step.positions + after(x)
+    return _with(caches, new, jnp.arange(positions.shape[0]), positions, step.runs), x
 
 
 def after(x: jax.Array) -> jax.Array:
@@ -396,12 +403,12 @@ def after(x: jax.Array) -> jax.Array:
 
 
 def finish(
-    shape: Shape, weights: Weights, state: State, rows: Layout, y: jax.Array, sampling: Samplings
+    shape: Shape, weights: Weights, state: State, rows: Layout, x: jax.Array, sampling: Samplings
 ) -> tuple[State, Sampled]:
-    """Choose and route the rows' next tokens; y [D, B] comes from the last layer."""
+    """Choose and route the rows' next tokens; x [D, B] comes from the last layer."""
     runs, positions = rows.step.runs, rows.step.positions + 1
     with jax.named_scope("sample"):
-        own = (weights.head @ y).T
+        own = times(shape.runtime, weights.head, Normed(x, weights.final_norm, shape.config.norm_eps)).T
         logits = spread.whole_vocabulary(own, shape.cut.rest, shape.config.vocab_size).astype(jnp.float32)
         chosen = choose_tokens(logits, sampling, positions)
 

@@ -2,7 +2,7 @@
 
 A step is many small operations between the matmuls, and each costs a launch: at batch 1 together a third of the time.
 So one kernel turns, attends to the cache and writes it: it reads each row's own tokens and no more, and no loop, branch
-or size of the step depends on how long rows are. Another adds to the residual stream and normalises it.
+or size of the step depends on how long rows are. Another joins what several programs have read of a row.
 
 # R rows of the cache, B rows of a call, H heads, K kv heads, G = H / K, h head width, S tokens a row, D model width,
 # J programs that share a row and head
@@ -25,7 +25,6 @@ from readme_jax.serving.state import Cache
 
 BLOCK = 64  # tokens; rows of the cache are whole blocks long
 TENSOR_ROWS = 16  # fewest query rows that tensor cores take
-NORM_ROWS = 4  # most that `add_norm` is faster for than XLA: it reads a column a program, with a stride
 Array = jax.Array
 
 
@@ -236,29 +235,3 @@ def _attend_kernel(
         for part, start in zip(k, (0, half), strict=True):
             keys_out[b, n, pl.ds(start, half), position] = part
         values_out[b, n, position, :] = v
-
-
-def add_norm(x: Array, delta: Array, scale: Array, eps: float, interpret: bool = False) -> tuple[Array, Array]:
-    """x + delta [D, B], and its RMSNorm over D, in float32, times scale [D]."""
-    return pl.pallas_call(
-        functools.partial(_norm_kernel, eps=eps),
-        grid=(x.shape[1],),
-        out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, x.dtype)),
-        compiler_params=triton.CompilerParams(num_warps=8),
-        interpret=interpret,
-        name="add_norm",
-    )(x, delta, scale)
-
-
-def _norm_kernel(x_ref: Any, delta_ref: Any, scale_ref: Any, sum_ref: Any, out_ref: Any, *, eps: float) -> None:
-    """One column."""
-    b, size = pl.program_id(0), x_ref.shape[0]
-    step = size & -size  # the largest power of two that divides D
-    parts = [pl.ds(start, step) for start in range(0, size, step)]
-    columns = [x_ref[part, b] + delta_ref[part, b] for part in parts]
-    wide = [c.astype(jnp.float32) for c in columns]
-    squares = functools.reduce(jnp.add, [jnp.sum(c * c) for c in wide])
-    shrink = jax.lax.rsqrt(squares / size + eps)
-    for part, column, c in zip(parts, columns, wide, strict=True):
-        sum_ref[part, b] = column
-        out_ref[part, b] = (c * shrink * scale_ref[part].astype(jnp.float32)).astype(out_ref.dtype)

@@ -32,53 +32,94 @@ class Tiles(NamedTuple):
 TILES = Tiles()
 
 
-def matvec(w: Array, y: Array, interpret: bool = False, tiles: Tiles = TILES) -> Array:
-    """w [N, D] @ y [D, B] -> [N, B], summed in float32. `interpret` runs the kernel's equations without a GPU."""
-    return _run([w], y, interpret, tiles)
+class Normed(NamedTuple):
+    """x [D, B] and the scale [D] of its RMSNorm over D, which is taken as it is read."""
+
+    x: Array
+    scale: Array
+    eps: float
 
 
-def gated(gate: Array, up: Array, y: Array, interpret: bool = False, tiles: Tiles = TILES) -> Array:
+def matvec(
+    w: Array, y: Array | Normed, add: Array | None = None, interpret: bool = False, tiles: Tiles = TILES
+) -> Array:
+    """w [N, D] @ y [D, B], to which `add` [N, B] is added, in float32 -> [N, B].
+
+    `interpret` runs the kernel's equations without a GPU.
+    """
+    return _run([w], y, add, interpret, tiles)
+
+
+def gated(gate: Array, up: Array, y: Array | Normed, interpret: bool = False, tiles: Tiles = TILES) -> Array:
     """silu(gate @ y) * (up @ y): gate and up [N, D], y [D, B] -> [N, B]."""
-    return _run([gate, up], y, interpret, tiles)
+    return _run([gate, up], y, None, interpret, tiles)
 
 
-def _run(weights: Sequence[Array], y: Array, interpret: bool, tiles: Tiles) -> Array:
+def _run(weights: Sequence[Array], y: Array | Normed, add: Array | None, interpret: bool, tiles: Tiles) -> Array:
     size = weights[0].shape[0]
     rows = min(max(tiles.rows // len(weights), 1), size & -size)
+    columns, scale, eps = y if isinstance(y, Normed) else (y, None, 0.0)
+    more = [x for x in (scale, add) if x is not None]
     return pl.pallas_call(
-        functools.partial(_kernel, rows=rows, step=tiles.step),
+        functools.partial(
+            _kernel,
+            rows=rows,
+            step=tiles.step,
+            products=len(weights),
+            normed=scale is not None,
+            added=add is not None,
+            eps=eps,
+        ),
         grid=(size // rows,),
-        out_shape=jax.ShapeDtypeStruct((size, y.shape[1]), y.dtype),
+        out_shape=jax.ShapeDtypeStruct((size, columns.shape[1]), columns.dtype),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
         interpret=interpret,
         name="matvec" if len(weights) == 1 else "gated_matvec",
-    )(*weights, y)
+    )(*weights, columns, *more)
 
 
-def _kernel(*refs: Any, rows: int, step: int) -> None:
-    """Some rows of the outputs, all columns."""
-    *weights, y_ref, out_ref = refs
+def _kernel(*refs: Any, rows: int, step: int, products: int, normed: bool, added: bool, eps: float) -> None:
+    """Some rows of the outputs, all columns. The norm's own factor is a column's, and so multiplies sums."""
+    weights, y_ref, out_ref = refs[:products], refs[products], refs[-1]
     inputs, columns = y_ref.shape
     step = min(step, pl.next_power_of_2(inputs))
-    here = pl.program_id(0) * rows + jnp.arange(rows)
+    first = pl.program_id(0) * rows
+    here = first + jnp.arange(rows)
     sums = [[jnp.zeros((rows, step), jnp.float32)] * columns for _ in weights]
+    squares = [jnp.zeros((1, step), jnp.float32)] * columns
     for start in range(0, inputs, step):
         at = start + jnp.arange(step)
         mask = None if start + step <= inputs else at < inputs
-        for w, own in zip(weights, sums, strict=True):
-            tile = _tile(w, here, at, mask).astype(jnp.float32)
-            for b in range(columns):
-                own[b] += tile * _tile(y_ref, at, jnp.full((1,), b), mask, 0).astype(jnp.float32).reshape(1, step)
+        tiles = [_tile(w, here, at, mask).astype(jnp.float32) for w in weights]
+        scale = _vector(refs[products + 1], at, mask) if normed else None
+        for b in range(columns):
+            y = _vector(y_ref, at, mask, b)
+            if scale is not None:
+                squares[b] += y * y
+                y *= scale
+            for own, tile in zip(sums, tiles, strict=True):
+                own[b] += tile * y
     for b in range(columns):
-        first, *second = (jnp.sum(own[b], axis=1) for own in sums)
-        out = first * jax.nn.sigmoid(first) * second[0] if second else first
-        out_ref[pl.ds(pl.program_id(0) * rows, rows), b] = out.astype(out_ref.dtype)
+        shrink = jax.lax.rsqrt(jnp.sum(squares[b], axis=1) / inputs + eps) if normed else 1.0
+        one, *two = (jnp.sum(own[b], axis=1) * shrink for own in sums)
+        out = one * jax.nn.sigmoid(one) * two[0] if two else one
+        mine = pl.ds(first, rows)
+        if added:
+            out += refs[-2][mine, b].astype(jnp.float32)
+        out_ref[mine, b] = out.astype(out_ref.dtype)
 
 
-def _tile(ref: Any, rows: Array, columns: Array, mask: Array | None, axis: int = 1) -> Array:
-    """[rows, columns] of a reference; `mask` says which along `axis` exist, the others are zeros."""
+def _tile(ref: Any, rows: Array, columns: Array, mask: Array | None) -> Array:
+    """[rows, columns] of weights, zeros where `mask` says that a column does not exist."""
     shape = (rows.shape[0], columns.shape[0])
     at = tuple(jax.lax.broadcast_in_dim(x, shape, (i,)) for i, x in enumerate((rows, columns)))
     if mask is None:
         return triton.load(ref.at[at])
-    return triton.load(ref.at[at], mask=jax.lax.broadcast_in_dim(mask, shape, (axis,)), other=0.0)
+    return triton.load(ref.at[at], mask=jax.lax.broadcast_in_dim(mask, shape, (1,)), other=0.0)
+
+
+def _vector(ref: Any, at: Array, mask: Array | None, column: int | None = None) -> Array:
+    """[1, n] float32 entries of a vector, or of a matrix' column."""
+    place = (at,) if column is None else (at, jnp.full_like(at, column))
+    found = triton.load(ref.at[place]) if mask is None else triton.load(ref.at[place], mask=mask, other=0.0)
+    return found.astype(jnp.float32).reshape(1, -1)

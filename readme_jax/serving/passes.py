@@ -90,7 +90,7 @@ class DecodePass(Pass):
         mask[: len(active)] = active
         self.active, self.present = programs.kept(mask), programs.kept(self.present)
         self.sampling = Samplings(*map(programs.kept, sampling.padded(self.rows)))
-        self.x = self.y = programs.blank(programs.config.embed_dim, self.rows)
+        self.x = programs.blank(programs.config.embed_dim, self.rows)
 
     def whole(self, state: State, weights: Given) -> State:
         """See `Pass.whole`; in one program where nothing streams."""
@@ -107,13 +107,13 @@ class DecodePass(Pass):
         first = self.programs.kept(np.asarray(span == 0))
         rest = replace(state, layers=(), router=None)
         begun = self._arguments(state, span, weights)
-        caches, self.x, self.y, done = program(*begun, rest, self.active, self.present, first, self.x, self.y)
+        caches, self.x, done = program(*begun, rest, self.active, self.present, first, self.x)
         return caches, done
 
     def _end(self, rest: State) -> State:
         program = self.programs.program("decode_end", self.rows)
         named = self.programs.kept(self.programs.present(self.experts, self.programs.store.num_experts))
-        arguments = (self.programs.weights.end, rest, self.active, named, self.y, self.sampling)
+        arguments = (self.programs.weights.end, rest, self.active, named, self.x, self.sampling)
         rest, sampled = program(*arguments)
         self._keep(sampled)
         return rest

@@ -353,9 +353,9 @@ class Programs:
     def _decode_span_program(self, rows: int, present: int) -> Program:
         rest = replace(self.abstract_state(), layers=(), router=None)
         x = self.blank(self.config.embed_dim, rows)
-        small = (np.zeros(rows, bool), self._present_shape(present), np.bool_(0), x, x)
+        small = (np.zeros(rows, bool), self._present_shape(present), np.bool_(0), x)
         arguments = self._abstract((*self._span(present), rest, *small))
-        return partial(decoding.decode_span, self._own), arguments, (2,), (self._cache_spec, WHOLE, WHOLE, WHOLE)
+        return partial(decoding.decode_span, self._own), arguments, (2,), (self._cache_spec, WHOLE, WHOLE)
 
     def _decode_end_program(self, rows: int) -> Program:
         x, present = self.blank(self.config.embed_dim, rows), np.zeros(self.store.num_experts, np.int32)

@@ -16,7 +16,7 @@ from readme_jax.config import RopeScaling
 from readme_jax.errors import ConfigError
 from readme_jax.generate import Generator
 from readme_jax.models.runtime import Runtime
-from readme_jax.serving import kernels
+from readme_jax.serving import matvec
 from readme_jax.serving.buckets import Limits
 from readme_jax.serving.decode import Sampled
 from readme_jax.serving.passes import DecodePass
@@ -176,19 +176,19 @@ def test_the_kernel_of_gpus_changes_no_token(tiny_model, kind, changes):
         driver.check(reference, row, prompt)
 
 
-def test_residuals_and_norms_are_one_kernel_for_up_to_four_rows(tiny_model, monkeypatch):
-    model, rows, add_norm = tiny_model("dense"), [], kernels.add_norm
+def test_products_of_up_to_four_rows_are_kernels_that_normalise_and_add(tiny_model, monkeypatch):
+    model, columns, run = tiny_model("dense"), [], matvec._run
 
-    def counted(x, *arguments, **options):
-        rows.append(x.shape[1])
-        return add_norm(x, *arguments, **options)
+    def counted(weights, y, add, *options):
+        columns.append((y.x if isinstance(y, matvec.Normed) else y).shape[1])
+        return run(weights, y, add, *options)
 
-    monkeypatch.setattr(kernels, "add_norm", counted)
+    monkeypatch.setattr(matvec, "_run", counted)
     limits = dataclasses.replace(FEW, rows=8, decode=(4, 8))
     programs = Programs(model, ExpertStore(model), limits, GPU)
     for batch in limits.decode:
         programs.program("decode", batch, 0)
-    assert rows == [4] * 2 * model.config.num_layers
+    assert columns == [4] * (4 * model.config.num_layers + 1)  # of a layer qkv, o, gate with up, down; the head
 
 
 @pytest.mark.parametrize(
