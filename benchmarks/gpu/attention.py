@@ -29,19 +29,12 @@ SHAPES = {"llama": 32, "mistral": 8}  # kv heads
 
 def candidates(kv_heads: int) -> list[Tiles]:
     """Those of the model first."""
-    rows = (1, TENSOR_ROWS) if kv_heads == HEADS else (1,)  # of several heads a kv head tensor cores are taken anyway
     found = [
-        Tiles(block, row, 528, tokens, warps, stages)
-        for block, row, warps, stages in itertools.product((64, 128, 256), rows, (2, 4, 8), (1, 2, 3))
-        for tokens in (512, 4096)
-        if row > 1 or (stages == 2 and warps < 8)
+        Tiles(block, TENSOR_ROWS, 528, tokens, 4, stages)
+        for block, tokens, stages in itertools.product((64, 128), (512, 1024, 2048, 4096), (2, 3))
     ]
-    if kv_heads == HEADS:
-        found += [
-            Tiles(block, 1, 528, tokens, warps, 2, True)
-            for block, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (64, 8), (128, 8))
-            for tokens in (512, 4096)
-        ]
+    if kv_heads == HEADS:  # of several heads a kv head tensor cores are taken anyway
+        found += [Tiles(128, 1, 528, tokens, warps, 2) for tokens, warps in itertools.product((512, 4096), (2, 4))]
     return [TILES, *(tiles for tiles in found if tiles != TILES)]
 
 

@@ -35,12 +35,11 @@ class Tiles(NamedTuple):
     how Triton runs them."""
 
     block: int = BLOCK
-    rows: int = 1
+    rows: int = TENSOR_ROWS
     programs: int = 528
-    tokens: int = 512
+    tokens: int = 1024
     warps: int = 4
-    stages: int = 2
-    lanes: bool = False
+    stages: int = 3
 
 
 TILES = Tiles()
@@ -72,26 +71,20 @@ def attend_and_write(
     heads = qkv.shape[0] - 2 * kv_heads
     group = heads // kv_heads
     rows = tiles.rows if group == 1 else -(-group // TENSOR_ROWS) * TENSOR_ROWS
+    if group == 1 and width < 2 * TENSOR_ROWS:
+        rows = 1
     step = math.gcd(length, tiles.block)
     share = max(pl.cdiv(tiles.programs, batch * kv_heads), pl.cdiv(length, tiles.tokens))
     share = min(length // step, share)
     tokens = pl.cdiv(length, share * step) * step
     share = pl.cdiv(length, tokens)
-    sums = jax.ShapeDtypeStruct((share, kv_heads, rows, batch), jnp.float32)
+    sums = jax.ShapeDtypeStruct((batch, share, heads), jnp.float32)
     scale = 1 / (divisor or math.sqrt(width))
     out, total, largest, keys, values = pl.pallas_call(
-        functools.partial(
-            _attend_kernel,
-            heads=heads,
-            tokens=tokens,
-            step=step,
-            window=window,
-            scale=scale,
-            lanes=tiles.lanes and rows == 1,
-        ),
+        functools.partial(_attend_kernel, heads=heads, rows=rows, tokens=tokens, step=step, window=window, scale=scale),
         grid=(batch, kv_heads, share),
         out_shape=(
-            jax.ShapeDtypeStruct((share, kv_heads, rows, width, batch), jnp.float32),
+            jax.ShapeDtypeStruct((batch, share, heads, width), jnp.float32),
             sums,
             sums,
             jax.ShapeDtypeStruct(keys.shape, keys.dtype),
@@ -113,17 +106,27 @@ def attend_and_write(
     return rearrange(merged, "n h b -> (n h) b"), Cache((keys,), (values,))
 
 
+def _write_heads(ref: Any, at: tuple[Array, Array], first: Array, count: int, values: Array) -> None:
+    """The first `count` of values [rows, ...] as heads first .. first + count of a program."""
+    rows = values.shape[0]
+    if count == rows:
+        ref[*at, pl.ds(first, count)] = values
+        return
+    axes = [first + jnp.arange(rows), *(jnp.arange(size) for size in values.shape[1:])]
+    places = [jax.lax.broadcast_in_dim(axis, values.shape, (i,)) for i, axis in enumerate(axes)]
+    real = jax.lax.broadcast_in_dim(jnp.arange(rows) < count, values.shape, (0,))
+    triton.store(ref.at[*at, *places], values, mask=real)
+
+
 def _merge_kernel(sums_ref: Any, total_ref: Any, largest_ref: Any, out_ref: Any) -> None:
     """One row and head: what its programs have summed, each relative to its own largest logit."""
     b, head = pl.program_id(0), pl.program_id(1)
-    share, kv_heads = sums_ref.shape[:2]
-    group = out_ref.shape[0] // kv_heads
-    at = (head // group, head % group)
-    each = [largest_ref[j, *at, b] for j in range(share)]
+    share = sums_ref.shape[1]
+    each = [largest_ref[b, j, head] for j in range(share)]
     above = functools.reduce(jnp.maximum, each)
     scales = [jnp.exp(x - above) for x in each]
-    total = functools.reduce(jnp.add, [total_ref[j, *at, b] * scale for j, scale in enumerate(scales)])
-    out = functools.reduce(jnp.add, [sums_ref[j, *at, :, b] * scale for j, scale in enumerate(scales)])
+    total = functools.reduce(jnp.add, [total_ref[b, j, head] * scale for j, scale in enumerate(scales)])
+    out = functools.reduce(jnp.add, [sums_ref[b, j, head] * scale for j, scale in enumerate(scales)])
     out_ref[head, :, b] = (out / total).astype(out_ref.dtype)
 
 
@@ -142,18 +145,18 @@ def _attend_kernel(
     values_out: Any,
     *,
     heads: int,
+    rows: int,
     tokens: int,
     step: int,
     window: int | None,
     scale: float,
-    lanes: bool,
 ) -> None:
     """One row, one kv head, tokens [j * tokens, (j + 1) * tokens) of the past; for j = 0 also the token itself.
 
     Heads are turned, and multiplied with keys, in two halves of h/2.
     """
     b, n, j = (pl.program_id(axis) for axis in range(3))
-    kv_heads, rows, width = out_ref.shape[1:4]
+    kv_heads, width = keys_ref.shape[1:3]
     group, half, dtype = heads // kv_heads, width // 2, keys_ref.dtype
     position = positions_ref[b]
     cos, sin = cos_ref[:, b], sin_ref[:, b]
@@ -190,45 +193,15 @@ def _attend_kernel(
         fade = jnp.exp(largest - above)
         return out * fade[:, None] + product(odds.astype(dtype), read), total * fade + jnp.sum(odds, axis=1), above
 
-    def lanes_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, total, largest = carry
-        here = pl.ds(i * step, step)
-        slots = i * step + jnp.arange(step)
-        seen = (slots >= first) & (slots < last)
-        parts = [
-            x.astype(jnp.float32).reshape(half, 1) * keys_ref[b, n, pl.ds(at, half), here].astype(jnp.float32)
-            for x, at in zip(q, (0, half), strict=True)
-        ]
-        logits = jnp.where(seen, jnp.sum(parts[0] + parts[1], axis=0) * scale, MASKED)
-        above = jnp.maximum(largest, logits)
-        odds = jnp.where(seen, jnp.exp(logits - above), 0.0)
-        read = jnp.where(seen[:, None], values_ref[b, n, here, :], 0).astype(jnp.float32)
-        fade = jnp.exp(largest - above)
-        return out * fade[:, None] + odds[:, None] * read, total * fade + odds, above
-
     mine = j == 0
-    if lanes:
-        is_first = mine & (jnp.arange(step) == 0)
-        carry = (
-            jnp.where(is_first[:, None], v.astype(jnp.float32)[None], jnp.zeros((step, width), jnp.float32)),
-            jnp.where(is_first, 1.0, jnp.zeros(step, jnp.float32)),
-            jnp.where(is_first, own, jnp.full(step, MASKED, jnp.float32)),
-        )
-        out, total, largest = jax.lax.fori_loop(first // step, (last + step - 1) // step, lanes_block, carry)
-        above = jnp.max(largest, axis=0)
-        fade = jnp.exp(largest - above)
-        out, total = jnp.sum(out * fade[:, None], axis=0)[None], jnp.sum(total * fade, axis=0)[None]
-        largest = above[None]
-    else:
-        carry = (
-            jnp.where(mine, v.astype(jnp.float32)[None], jnp.zeros((rows, width), jnp.float32)),
-            jnp.where(mine, jnp.ones(rows, jnp.float32), 0.0),
-            jnp.where(mine, own, MASKED),
-        )
-        out, total, largest = jax.lax.fori_loop(first // step, (last + step - 1) // step, block, carry)
-    out_ref[j, n, :, :, b] = out
-    total_ref[j, n, :, b] = total
-    largest_ref[j, n, :, b] = largest
+    carry = (
+        jnp.where(mine, v.astype(jnp.float32)[None], jnp.zeros((rows, width), jnp.float32)),
+        jnp.where(mine, jnp.ones(rows, jnp.float32), 0.0),
+        jnp.where(mine, own, MASKED),
+    )
+    found = jax.lax.fori_loop(first // step, (last + step - 1) // step, block, carry)
+    for ref, values in zip((out_ref, total_ref, largest_ref), found, strict=True):
+        _write_heads(ref, (b, j), n * group, group, values)
 
     @pl.when(mine & (runs_ref[b] > 0))
     def _() -> None:

@@ -24,9 +24,9 @@ Array = jax.Array
 class Tiles(NamedTuple):
     """How a product is cut: rows a program (of two products each half of them), inputs a step, warps."""
 
-    rows: int = 4
-    step: int = 1024
-    warps: int = 4
+    rows: int = 2
+    step: int = 2048
+    warps: int = 1
 
 
 TILES = Tiles()
