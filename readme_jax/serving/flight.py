@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from readme_jax.serving.residency import Moves, Residency
@@ -140,14 +141,15 @@ def plan_calls(batch: Batch, residency: Residency, longest: int) -> tuple[list[P
     at once, then prompts in pieces of at most `longest` tokens. Also the moves after the last one."""
     decodes = [c for c in batch.chunks if _decodes(c)]
     prompts = [c for c in batch.chunks if not _decodes(c)]
-    rest = [experts_in(c.mask) for c in prompts]
+    rest = [_in_order(c.sequence, c.start, c.start + c.count) for c in prompts]
     calls = []
     while decodes:
         needs = [experts_in(c.mask) for c in decodes]
         group = residency.group(needs)
         experts = frozenset[int]().union(*(needs[i] for i in group))
         left = [i for i in range(len(decodes)) if i not in group]
-        moves = residency.bring(experts, frozenset().union(*(needs[i] for i in left), *rest))
+        soon = sorted(frozenset[int]().union(*(needs[i] for i in left)))
+        moves = residency.bring(experts, _once(soon, *rest))
         calls.append(Planned([decodes[i] for i in group], None, _given(residency, experts, residency.here), moves))
         decodes = [decodes[i] for i in left]
     for number, chunk in enumerate(prompts):
@@ -155,8 +157,7 @@ def plan_calls(batch: Batch, residency: Residency, longest: int) -> tuple[list[P
         while start < end:
             piece = _cut(chunk.sequence, start, min(end, start + longest), residency)
             start = piece.stop
-            left_over = experts_in(chunk.sequence.mask(start, end - start)) if start < end else frozenset[int]()
-            moves = residency.bring(piece.experts, left_over.union(*rest[number + 1 :]))
+            moves = residency.bring(piece.experts, _once(_in_order(chunk.sequence, start, end), *rest[number + 1 :]))
             calls.append(Planned([], piece, _given(residency, piece.experts), moves))
     return calls, residency.settle()
 
@@ -166,13 +167,28 @@ def _decodes(chunk: Chunk) -> bool:
     return chunk.count == 1 and chunk.sequence.primed
 
 
+def _in_order(sequence: Work, start: int, stop: int) -> list[int]:
+    """The experts of some tokens, those first that are used first."""
+    masks = sequence.masks[start:stop]
+    return sorted(experts_in(sequence.mask(start, stop - start)), key=lambda e: int((masks >> e & 1).argmax()))
+
+
+def _once(*experts: Iterable[int]) -> list[int]:
+    """Experts, each where it comes first."""
+    return list(dict.fromkeys(chain(*experts)))
+
+
 def _cut(sequence: Work, start: int, stop: int, residency: Residency) -> Piece:
-    """A piece of a prompt from `start` on: up to `stop`, or as far as its experts fit on the device at once."""
+    """A piece of a prompt from `start` on: up to `stop`, or as far as its experts fit on the device at once.
+
+    Residents give way: were they to stay, a prompt that goes back and forth between others would be cut, and wait for a
+    load, at every turn.
+    """
     experts = experts_in(sequence.mask(start, stop - start))
-    if not residency.fit(experts):
+    if not residency.fit(experts, stay=False):
         experts = frozenset(sequence.routes[start])
         at = start + 1
-        while at < stop and residency.fit(experts.union(sequence.routes[at])):
+        while at < stop and residency.fit(experts.union(sequence.routes[at]), stay=False):
             experts = experts.union(sequence.routes[at])
             at += 1
         stop = at

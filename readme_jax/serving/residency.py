@@ -102,9 +102,10 @@ class Residency(Generic[S]):
 
     # --- a step's calls --------------------------------------------------------------------------------------------
 
-    def fit(self, experts: Experts) -> bool:
-        """Whether one call can have all of `experts` while the residents in slots stay."""
-        return self.cache is None or len(experts | self._staying) <= self.store.slots + self.store.staging
+    def fit(self, experts: Experts, stay: bool = True) -> bool:
+        """Whether one call can have all of `experts`, while the residents in slots stay or, without `stay`, at all."""
+        held = self._staying if stay else frozenset()
+        return self.cache is None or len(experts | held) <= self.store.slots + self.store.staging
 
     def group(self, needs: Sequence[Experts]) -> list[int]:
         """Indices of those of `needs` that one call takes together: as many as fit, those that load least first."""
@@ -116,15 +117,15 @@ class Residency(Generic[S]):
                 union |= needs[i]
         return sorted(group)
 
-    def bring(self, experts: Experts, later: Experts = frozenset()) -> Moves:
-        """Moves after which a call can have all of `experts`. Residents leave last, before them what `later` calls of
-        the step need."""
+    def bring(self, experts: Experts, later: Sequence[int] = ()) -> Moves:
+        """Moves after which a call can have all of `experts`. What `later` calls of the step need, soonest first,
+        leaves last, what is used soonest last of all; before them residents."""
         if self.cache is None:
             return Moves()
         missing = sorted(experts - self.held, key=lambda e: (e not in self.resident, e))
         over = len(self.held) + len(missing) - self.store.slots - self.store.staging
-        keep = self._staying
-        spare = sorted(self.held - experts, key=lambda e: (e in keep, e in later, e))
+        keep, use = self._staying, {e: at for at, e in enumerate(later)}
+        spare = sorted(self.held - experts, key=lambda e: (-use.get(e, len(use)), e in keep, e))
         return self._move(spare[: max(over, 0)], missing)
 
     def settle(self) -> Moves:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from readme_jax.errors import ConfigError
 from readme_jax.serving.expert_cache import ExpertCache, replay
+from readme_jax.serving.flight import Flying, plan_calls
 from readme_jax.serving.residency import Moves, Places, Residency
-from readme_jax.serving.work import experts_in
+from readme_jax.serving.work import Batch, Chunk, experts_in
 
 EXPERTS = 6
 batches = st.lists(st.integers(1, 2**EXPERTS - 1), min_size=1, max_size=25)
@@ -163,7 +164,7 @@ def test_missing_experts_stream_past_residents_that_are_needed_sooner() -> None:
     made.decide(frozenset({2, 3}), [0b0011])
     assert not made.fit(frozenset({2, 3}))
     assert made.group([frozenset({2}), frozenset({3}), frozenset({2})]) == [0, 2]
-    assert made.bring(frozenset({2}), later=frozenset({3})) == Moves((), (2,))
+    assert made.bring(frozenset({2}), later=[3]) == Moves((), (2,))
     assert made.bring(frozenset({3})) == Moves((2,), (3,))
     assert made.settle() == Moves((3,), ())
     assert made.held == {0, 1}
@@ -173,10 +174,25 @@ def test_a_resident_to_be_leaves_last_and_its_victim_first() -> None:
     made = residency(4, 2, staging=1)
     made.decide(frozenset({0, 2, 3}), [0b0101])  # 2 takes the place of 1, which nobody needs
     assert made.resident == {0, 2}
-    assert made.bring(frozenset({0, 2}), later=frozenset({3})) == Moves((), (2,))
+    assert made.bring(frozenset({0, 2}), later=[3]) == Moves((), (2,))
     assert made.bring(frozenset({3})) == Moves((1,), (3,))
     assert made.settle() == Moves((3,), ())
     assert made.held == {0, 2}
+
+
+def test_of_what_later_calls_need_the_last_leaves_first_and_residents_before_it() -> None:
+    for later, leaves in (([0, 1], 1), ([1, 0], 0), ([1], 0), ([0], 1)):
+        made = residency(4, 2, staging=0)
+        assert made.bring(frozenset({3}), later=later) == Moves((leaves,), (3,)), later
+
+
+def test_a_prompt_that_goes_back_and_forth_between_strangers_is_loaded_for_once() -> None:
+    """0 and 1 are resident; with one more place, 2 and 3 fit together only if one of those leaves."""
+    made = residency(4, 2, staging=1)
+    prompt = Flying(0, 0.0, 40, [(2,), (3,)] * 20, 1)
+    calls, after = plan_calls(Batch((Chunk(prompt, 0, 40),)), made, 40)
+    assert [(c.piece.start, c.piece.stop, c.moves.load) for c in calls if c.piece] == [(0, 40, (2, 3))]
+    assert len(after.drop) == 1 and len(made.held) == 2
 
 
 def test_a_token_whose_experts_do_not_fit_beside_residents_sends_one_away() -> None:
