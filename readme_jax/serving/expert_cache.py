@@ -182,7 +182,9 @@ class ExpertCache:
     def swap(self, waiting: Sequence[float], active: Sequence[float], load: float) -> Move | None:
         """Begin to replace a resident while other work runs, when those who wait have waited enough.
 
-        The rule: the summed age of what waits for an expert exceeds what is active on its victim, times `load`.
+        The rule: more sequences need the expert than its victim, so that a swap lets more run, and their summed age
+        exceeds what is active on the victim, times `load`. Else two that are wanted alike would take turns, each time
+        for a load; what waits meanwhile streams when the scheduler picks it.
 
         Args:
             waiting: [E] summed seconds that sequences have waited for each expert.
@@ -199,7 +201,7 @@ class ExpertCache:
         outside = [e for e in range(self.experts) if not self._mask >> e & 1]
         expert = max(outside, key=lambda e: (waiting[e], -e))
         victim = min(experts_in(self._mask), key=lambda e: (active[e], self._used[e]))
-        if waiting[expert] <= active[victim] * load or waiting[expert] <= 0:
+        if active[expert] <= active[victim] or waiting[expert] <= active[victim] * load or waiting[expert] <= 0:
             return None
         self._mask &= ~(1 << victim)
         self.swapping = Move(expert, victim)

@@ -120,8 +120,9 @@ def test_random_is_a_function_of_its_seed() -> None:
 
 def test_swap_waits_until_waiting_outweighs_its_victim() -> None:
     cache = ExpertCache(4, 2, staging=1)
-    active = [3.0, 1.0, 0.0, 0.0]
+    active = [3.0, 1.0, 2.0, 1.0]
     assert cache.swap([0, 0, 0.05, 0.02], active, load=0.1) is None
+    assert cache.swap([0, 0, 0.02, 0.15], active, load=0.1) is None, "no more sequences need 3 than 1"
     assert cache.swap([0, 0, 0.15, 0.02], active, load=0.1) == (2, 1)
     assert cache.resident == {0}
     assert cache.swap([0, 0, 9.0, 9.0], active, load=0.1) is None, "one at a time"
@@ -138,7 +139,7 @@ def test_the_only_resident_is_not_swapped_away() -> None:
 
 def test_batch_that_needs_the_expert_being_swapped_finishes_the_swap() -> None:
     cache = ExpertCache(4, 2, staging=1)
-    cache.swap([0, 0, 1.0, 0], [3.0, 1.0, 1.0, 0.0], load=0.1)
+    cache.swap([0, 0, 1.0, 0], [3.0, 1.0, 2.0, 0.0], load=0.1)
     plan = cache.step(frozenset({0, 2}))
     assert plan.loads == ((2, 1),) and cache.resident == {0, 2} and cache.swapping is None
 
@@ -217,7 +218,7 @@ def test_without_staging_a_step_runs_in_waves() -> None:
 
 def test_a_swap_arrives_after_a_steps_calls_and_counts_once_it_is_there() -> None:
     made = residency(4, 2, staging=1, load_seconds=0.1)
-    assert made.swap([0, 0, 1.0, 0], [3.0, 1.0, 0, 0]) == (False, True)  # 2 for 1
+    assert made.swap([0, 0, 1.0, 0], [3.0, 1.0, 2.0, 0]) == (False, True)  # 2 for 1
     made.decide(frozenset({0}))
     assert made.bring(frozenset({0})) == Moves()
     assert made.settle() == Moves((1,), (2,))
@@ -231,7 +232,7 @@ def test_a_swap_arrives_after_a_steps_calls_and_counts_once_it_is_there() -> Non
 
 def test_a_step_that_needs_the_expert_being_swapped_brings_it() -> None:
     made = residency(4, 2, staging=1, load_seconds=0.1)
-    made.swap([0, 0, 1.0, 0], [3.0, 1.0, 0, 0])
+    made.swap([0, 0, 1.0, 0], [3.0, 1.0, 2.0, 0])
     made.decide(frozenset({0, 2}))
     assert made.bring(frozenset({0, 2})) == Moves((), (2,))
     assert made.settle() == Moves((1,), ())
