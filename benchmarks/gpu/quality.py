@@ -75,7 +75,7 @@ MAIN = "gpu_quality"
 
 
 class Wanted(NamedTuple):
-    """What a row is of; `share` and `distill` are ExpertStage's."""
+    """What a row is of; `share` and `distill` are ExpertStage's, `warmup` Tuning's."""
 
     recipe: str
     tokens: int
@@ -83,6 +83,7 @@ class Wanted(NamedTuple):
     lr: float
     share: float
     distill: float
+    warmup: int
 
 
 def batch_of(tokens: int) -> int:
@@ -98,9 +99,8 @@ def rate_of(name: str, tokens: int) -> float:
 
 def key_of(row: Row) -> Wanted:
     """What a row is of; an untuned model has no rate."""
-    return Wanted(
-        row["recipe"], row["tokens"], row["seed"], row.get("lr", 0.0), row.get("share", 0.0), row.get("distill", 0.0)
-    )
+    found = {name: row.get(name, 0) for name in Wanted._fields[3:]}
+    return Wanted(row["recipe"], row["tokens"], row["seed"], **found)
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Trainer:
 
     def __init__(self, s: Setting, arm: Arm, corpus: Corpus, wanted: Wanted) -> None:
         self.s, self.arm, self.corpus, self.seed = s, arm, corpus, wanted.seed
-        self.share, self.distill = wanted.share, wanted.distill
+        self.share, self.distill, self.warmup = wanted.share, wanted.distill, wanted.warmup
 
     def tune(self, tokens: int, batch: int, lr: float) -> tuple[Any, Any, int]:
         """Backbone, router, and tokens spent on experts."""
@@ -179,7 +179,7 @@ class Trainer:
             )
         state = step.start(weights)
         metrics: Any = {}
-        rates = np.asarray(learning_rate(peak, jnp.arange(steps), steps, self.arm.run.tuning.warmup), np.float32)
+        rates = np.asarray(learning_rate(peak, jnp.arange(steps), steps, self.warmup), np.float32)
         for i, lr in enumerate(rates):
             state, metrics = step.update(state, put_batch(source[round_ * steps + i], self.s.mesh), frozen, lr)
         loss = float(metrics["loss"])
@@ -265,6 +265,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0], help="of the learning rate, a row each")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0], help="ExpertStage.share of `best`, a row")
     parser.add_argument("--distills", type=float, nargs="+", default=[0.0], help="ExpertStage.distill of `best`, a row")
+    parser.add_argument("--warmup", type=int, default=0, help="steps of the expert stage at a rising rate")
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all recipes")
     parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
@@ -277,7 +278,7 @@ def rows_wanted(args: argparse.Namespace) -> list[Wanted]:
     """What is asked for and not yet measured, each recipe's default rates first."""
     done = {key_of(row) for name in {MAIN, args.name} for row in held(name)}
     asked = [
-        Wanted(name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"), share, distill)
+        Wanted(name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"), share, distill, args.warmup)
         for name in args.recipes
         for share in (args.shares if name == "best" else [0.0])
         for distill in (args.distills if name == "best" else [0.0])
@@ -325,7 +326,7 @@ def rows_of(results: Rows, s: Setting, name: str, wanted: list[Wanted], args: An
         start_ = arm.evaluator.domains(arm.backbone, s.validation, None if arm.parts is None else routes, channels)
         add(results, name, 0, 0, perplexities(start_), 0.0)
     for each in wanted:
-        _, tokens, seed, lr, share, distill = each
+        _, tokens, seed, lr, share, distill, warmup = each
         batch = batch_of(tokens)
         expected = predicted(name, tokens, False, ("experts", batch, share, distill) in arm.steps)
         if time.perf_counter() - began + expected > 60 * args.minutes:
@@ -334,7 +335,7 @@ def rows_of(results: Rows, s: Setting, name: str, wanted: list[Wanted], args: An
         at = time.perf_counter()
         backbone, router, spent = Trainer(s, arm, s.corpus, each).tune(tokens, batch, lr)
         found = evaluate(s, arm, backbone, router)
-        about = {"spent": spent, "lr": lr, "batch": batch, "share": share, "distill": distill}
+        about = {"spent": spent, "lr": lr, "batch": batch, "share": share, "distill": distill, "warmup": warmup}
         add(results, name, tokens, seed, found, time.perf_counter() - at, **about)
 
 
@@ -349,13 +350,13 @@ def add(
 def table(wanted: list[Wanted]) -> None:
     """Predicted seconds of each row, and in all."""
     total, seen = 0.0, set[Any]()
-    for name, tokens, seed, lr, share, distill in wanted:
+    for name, tokens, seed, lr, share, distill, warmup in wanted:
         batch = batch_of(tokens)
         program = (name, batch, share, distill)
         seconds = predicted(name, tokens, name not in seen and name != "dense", program in seen)
         seen |= {name, program}
         total += seconds
-        about = f"{name:18} {tokens:>11,} seed {seed} lr {lr:g} share {share:g} distill {distill:g}"
+        about = f"{name:18} {tokens:>11,} seed {seed} lr {lr:g} share {share:g} distill {distill:g} warmup {warmup}"
         print(f"{about}  {seconds:5.0f} s, {total / 60:5.1f} min in all")
 
 

@@ -4,8 +4,8 @@ A mixture of Llama-2-7B's shape with random weights and scripted routes (`_model
 stream of real text's routes by a tuned router, `label` or `eq4` (results/routes.npz). Arrivals and lengths are a window
 of a trace, stretched in time to a share (`--load`) of the rate that decode-first with everything resident serves of a
 full queue here; prompts are cut to what a row holds. With everything resident the four schedulers run, and two of them
-on the other router's routes. With fewer experts on the device (`--slots`) `lookahead` runs with prefetching and
-without, each expert loaded when it is needed, and `decode_first` without: at a lower load, with shorter answers and
+on the other router's routes. With fewer experts on the device (`--slots`) `lookahead` runs with prefetching, and
+`decode_first` without, each expert loaded when it is needed, and with it: at a lower load, with shorter answers and
 windows, which loading on demand can follow.
 
 Rows are batching.json's, with how long a run's steps took over the larger of compute (by costs measured here) and
@@ -50,7 +50,7 @@ MAIN = "gpu_replay"
 ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "load", "requests")  # what a row is of
 SHOWN = ("mean", "p95", "p99_ttft", "loads", "over_limit", "throughput")
 FULL = 48  # requests of the queue that the rate is measured with
-CACHED: tuple[tuple[Policy, bool], ...] = (("lookahead", True), ("lookahead", False), ("decode_first", False))
+CACHED: tuple[tuple[Policy, bool], ...] = (("lookahead", True), ("decode_first", False), ("decode_first", True))
 COMPARED = ("lookahead", "decode_first")  # by both routers
 
 
@@ -175,8 +175,8 @@ def main() -> None:
     parser.add_argument("--trace", default="conv", choices=TRACES)
     parser.add_argument("--routers", nargs="+", default=["label", "eq4"], choices=tuple(ROUTERS))
     parser.add_argument("--schedulers", nargs="*", default=["lookahead", *BASELINES], choices=SCHEDULERS)
-    parser.add_argument("--slots", type=int, nargs="*", default=[3, 2, 4, 5], help="experts a layer on the device")
-    parser.add_argument("--slots_load", type=float, default=0.3)
+    parser.add_argument("--slots", type=int, nargs="*", default=[3, 4, 2, 5], help="experts a layer on the device")
+    parser.add_argument("--slots_load", type=float, default=0.4)
     parser.add_argument("--slots_seconds", type=float, default=20, help="of a window; the other router's, too")
     parser.add_argument("--slots_longest", type=int, default=64, help="answer")
     parser.add_argument("--staging", type=int, default=1, help="experts that stream beside the slots")
