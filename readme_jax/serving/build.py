@@ -91,7 +91,7 @@ def residency_of(store: ExpertStore, settings: config.Serving) -> Residency:
     if store.resident:
         return Residency(store, None)
     cache = ExpertCache(store.num_experts, store.slots, store.staging, settings.policy)
-    return Residency(store, cache, settings.prefetch, load_seconds(store) if settings.prefetch else None)
+    return Residency(store, cache, settings.prefetch, load_seconds(store))
 
 
 def load_seconds(store: ExpertStore) -> float:

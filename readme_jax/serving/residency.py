@@ -78,8 +78,8 @@ class Residency(Generic[S]):
         load_seconds: float | None = None,
     ) -> None:
         """`cache` None: everything is resident. Without `prefetch` a load begins only when the call before has ended,
-        and the call that needs it waits for it. `load_seconds` that one expert of all layers takes to arrive: what
-        background swaps are weighed with, and lateness; None: there are none."""
+        and the call that needs it waits for it, and nothing is swapped in the background. `load_seconds` that one
+        expert of all layers takes to arrive: what swaps are weighed with, and lateness; None: there are none."""
         self.store, self.cache, self.prefetch, self.load_seconds = store, cache, prefetch, load_seconds
         self.plan: Plan | None = None  # of the last batch
         self._everything = frozenset(range(store.num_experts))
@@ -155,7 +155,8 @@ class Residency(Generic[S]):
     @property
     def swaps(self) -> bool:
         """Whether residents are swapped in the background."""
-        return self.cache is not None and self.load_seconds is not None and self.cache.staging > 0
+        known = self.load_seconds is not None and self.prefetch
+        return known and self.cache is not None and self.cache.staging > 0
 
     def swap(self, waiting: Sequence[float], active: Sequence[float]) -> Swapped:
         """Finish the swap under way once its copies are here, or begin one where it pays: see `ExpertCache.swap`.

@@ -75,6 +75,11 @@ def test_an_experts_part_is_what_one_more_takes(tiny_model, monkeypatch, kind, s
     assert costs.load == (caller.residency.load_seconds or 0.0) and (costs.load > 0) is (slots > 0)
 
 
+def test_what_a_load_takes_is_known_without_prefetching_too(tiny_model):
+    caller = caller_of(tiny_model("top1"), slots=2, staging=1, prefetch=False)
+    assert measure(caller, repeats=1).load > 0 and not caller.residency.swaps
+
+
 @pytest.mark.parametrize("kind, slots, each", [("top1", 1, 1), ("top2", 2, 2), ("dense", 0, 1)])
 def test_where_one_number_of_experts_is_possible_they_are_half_of_a_step(tiny_model, monkeypatch, kind, slots, each):
     caller = caller_of(tiny_model(kind), slots=slots)
