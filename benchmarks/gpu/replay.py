@@ -102,9 +102,11 @@ def run(server: Logging, asks: list[Ask], settings: config.Serving, stretch: flo
 
 
 class Plan(NamedTuple):
-    """Runs on one window: of a router's routes, at a share of the saturated rate, for so many seconds, with answers of
-    so many tokens at most; how many slots (0: all resident), and which schedulers with and without prefetching."""
+    """Runs on one window: of a trace and a router's routes, at a share of the saturated rate, for so many seconds, with
+    answers of so many tokens at most; how many slots (0: all resident), and which schedulers with and without
+    prefetching."""
 
+    trace: str
     router: str
     load: float
     seconds: float
@@ -114,14 +116,21 @@ class Plan(NamedTuple):
 
 
 def plans(args: argparse.Namespace) -> list[Plan]:
-    """Everything resident, capacity 3, the other router, then the other capacities."""
+    """Everything resident, the first capacity, everything resident on other traces and of the other router, then the
+    other capacities."""
     resident = tuple((s, True) for s in args.schedulers)
-    main, *others = args.routers
-    found = [Plan(main, args.load, args.seconds, args.longest, 0, resident)] if resident else []
-    few = [Plan(main, args.slots_load, args.slots_seconds, args.slots_longest, k, CACHED) for k in args.slots]
     compared = tuple(run for run in resident if run[0] in COMPARED)
-    found += few[:1]
-    found += [Plan(r, args.load, args.slots_seconds, args.longest, 0, compared) for r in others if compared]
+    (main, *others), (trace, *more) = args.routers, args.traces
+
+    def all_resident(trace: str, router: str, seconds: float, runs: tuple[tuple[Policy, bool], ...]) -> list[Plan]:
+        return [Plan(trace, router, args.load, seconds, args.longest, 0, runs)] if runs else []
+
+    few = [Plan(trace, main, args.slots_load, args.slots_seconds, args.slots_longest, k, CACHED) for k in args.slots]
+    found = all_resident(trace, main, args.seconds, resident) + few[:1]
+    for other in more:
+        found += all_resident(other, main, args.seconds, resident)
+    for router in others:
+        found += all_resident(trace, router, args.slots_seconds, compared)
     return found + few[1:]
 
 
@@ -143,15 +152,19 @@ def replay(results: Rows, args: argparse.Namespace, began: float) -> None:
         f"temporaries {server.served.temporaries() / 1e9:.1f} GB",
         flush=True,
     )
-    trace = load_trace(args.data / f"azure_2023_{args.trace}.jsonl.gz")
-    rate = args.rate or saturated(server, args, trace, c.vocab_size, link)
-    results.tell(saturated=rate, link=link)
+    traces = {name: load_trace(args.data / f"azure_2023_{name}.jsonl.gz") for name in args.traces}
+    rates: dict[str, float] = {}
     for plan in plans(args):
         server.served.follow(scripts[plan.router])
+        trace = traces[plan.trace]
+        if plan.trace not in rates:
+            rates[plan.trace] = args.rate or saturated(server, args, trace, c.vocab_size, link)
+            results.tell(saturated=rates, link=link)
+        rate = rates[plan.trace]
         count = max(round(plan.load * rate * plan.seconds), 4)
         asks = window(trace, count, args.seed, args.length, c.vocab_size, plan.longest)
         stretch = plan.seconds / max(asks[-1].arrival, 1e-9)
-        about = {"trace": args.trace, "router": plan.router, "load": plan.load, "rate": plan.load * rate}
+        about = {"trace": plan.trace, "router": plan.router, "load": plan.load, "rate": plan.load * rate}
         about |= {"window_seconds": plan.seconds, "longest_answer": plan.longest}
         for scheduler, prefetch in plan.runs:
             if time.perf_counter() - began > args.minutes * 60 - plan.seconds:
@@ -172,7 +185,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="after which no run is begun")
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--rate", type=float, help="saturated requests a second; default: measured")
-    parser.add_argument("--trace", default="conv", choices=TRACES)
+    parser.add_argument("--traces", nargs="+", default=["conv"], choices=TRACES, help="after the first all resident")
     parser.add_argument("--routers", nargs="+", default=["label", "eq4"], choices=tuple(ROUTERS))
     parser.add_argument("--schedulers", nargs="*", default=["lookahead", *BASELINES], choices=SCHEDULERS)
     parser.add_argument("--slots", type=int, nargs="*", default=[3, 4, 2, 5], help="experts a layer on the device")
