@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from _report import RESULTS, write_results
 
 Row = dict[str, Any]
+CLOSE = 2**-6  # of the largest entry: sums in float32, factors and results in bfloat16
 
 
 class Rows:
@@ -67,6 +68,12 @@ def merge(main: str, names: Sequence[str], key: Callable[[Row], Any]) -> list[Ro
 def _result(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+def apart(found: Any, wanted: Any) -> float:
+    """The largest difference, of the largest wanted entry."""
+    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+    return float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max())
 
 
 def seconds_of(call: Callable[[], Any], repeats: int) -> float:

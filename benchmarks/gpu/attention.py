@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import Rows, copy_bandwidth, seconds_in_a_row
+from _measure import CLOSE, Rows, apart, copy_bandwidth, seconds_in_a_row
+from einops import rearrange
 
 from readme_jax.serving.kernels import TENSOR_ROWS, TILES, Tiles, attend_and_write
 from readme_jax.serving.state import Cache
@@ -48,6 +49,44 @@ def layers(tiles: Tiles, qkv: Any, angles: Any, caches: Any, positions: Any) -> 
         out = qkv.at[: got.shape[0]].add(1e-3 * got)
         written.append((cache.keys[0], cache.values[0]))
     return out, written
+
+
+def exact(qkv: Any, angles: Any, keys: Any, values: Any, positions: Any) -> Any:
+    """A layer's attention by XLA in float32, [H h, B]."""
+    kv, length = keys.shape[1], keys.shape[3]
+    heads = rearrange(qkv, "(n h) b -> b n h", h=WIDTH)
+    low, high = jnp.split(heads[:, : HEADS + kv].astype(jnp.float32), 2, axis=2)
+    turned = jnp.concatenate([(low - high) * angles[0, 0], (high + low) * angles[0, 0]], axis=2).astype(qkv.dtype)
+    queries = rearrange(turned[:, :HEADS], "b (k g) h -> b k g h", k=kv)
+    rows = jnp.arange(len(positions))
+    keys = keys.at[rows, :, :, positions].set(turned[:, HEADS:])
+    values = values.at[rows, :, positions].set(heads[:, HEADS + kv :])
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("bkgh,bkhs->bkgs", queries, keys) / WIDTH**0.5
+    seen = jnp.arange(length) <= positions[:, None, None, None]
+    odds = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    return rearrange(product("bkgs,bksh->bkgh", odds, values), "b k g h -> (k g h) b")
+
+
+def check(shape: str, batch: int, length: int) -> None:
+    """The model's kernel against XLA on this device. Raises SystemExit where they differ."""
+    kv = SHAPES[shape]
+    keys = jax.random.split(jax.random.key(1), 3)
+    qkv = jax.random.normal(keys[0], ((HEADS + 2 * kv) * WIDTH, batch), jnp.bfloat16)
+    angles = jnp.full((WIDTH // 2, batch), 0.5**0.5, jnp.float32)
+    cache = [
+        jax.random.normal(key, (batch, kv, *of), jnp.bfloat16)
+        for key, of in zip(keys[1:], ((WIDTH, length), (length, WIDTH)), strict=True)
+    ]
+    positions = jnp.linspace(0, length - 1, batch).astype(jnp.int32)
+    wanted = exact(qkv, angles, cache[0], cache[1], positions)
+    runs, interpret = jnp.ones(batch, bool), jax.default_backend() == "cpu"
+    kept = Cache((cache[0],), (cache[1],))
+    found, _ = jax.jit(functools.partial(attend_and_write, interpret=interpret), donate_argnums=3)(
+        qkv, angles, angles, kept, positions, runs
+    )
+    if (error := apart(found, wanted)) > CLOSE:
+        raise SystemExit(f"{shape}: the kernel's attention is {error:.3f} of the largest entry off")
 
 
 def measure(results: Rows, shape: str, batch: int, length: int, ragged: bool) -> None:
@@ -103,6 +142,7 @@ def main() -> None:
     results = Rows("gpu_attention")
     results.tell(copy_bandwidth=copy_bandwidth())
     for shape in args.shapes:
+        check(shape, 4, args.context)
         measure(results, shape, 24, 4 * args.context, ragged=True)
         for batch in args.batch:
             measure(results, shape, batch, min(args.context, 65536 // batch), ragged=False)

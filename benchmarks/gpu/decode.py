@@ -230,6 +230,7 @@ def split(results: Rows, c: ModelConfig, batches: list[int]) -> None:
             ms = {f"{part}_ms": 1e3 * scope[part] / count for part in (*SCOPES, "rest", "unknown")}
             top = {kernel[:60]: round(1e3 * s / count, 4) for kernel, s in kernels.most_common(12)}
             results.add(batch=batch, experts=name, **ms, busy_ms=1e3 * scope.total() / count, kernels=top)
+            del run  # and its caches
 
 
 def gap(results: Rows, served: Served) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import Rows, copy_bandwidth, seconds_in_a_row
+from _measure import CLOSE, Rows, apart, copy_bandwidth, seconds_in_a_row
 
 from readme_jax.serving.matvec import TILES, Tiles, gated, matvec
 from readme_jax.serving.programs import GPU_OPTIONS
@@ -76,6 +76,8 @@ def measure(results: Rows, case: str, columns: int) -> None:
         if isinstance(program, Exception):
             print({"failed": str(tiles), "why": str(program).splitlines()[0][:200]}, flush=True)
             continue
+        if (error := apart(program(weights, y)[0], layers(None, weights[:1], y)[0])) > CLOSE:
+            raise SystemExit(f"{case}, {tiles}: the kernel's product is {error:.3f} of the largest entry off")
         seconds = seconds_in_a_row(lambda program=program: program(weights, y))  # type: ignore[misc]
         found.append((seconds / len(weights), tiles))
     for seconds, tiles in sorted(found, key=lambda each: each[0]):

@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     programs: int = 528
     tokens: int = 1024
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
 
 TILES = Tiles()
