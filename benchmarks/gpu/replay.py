@@ -116,22 +116,17 @@ class Plan(NamedTuple):
 
 
 def plans(args: argparse.Namespace) -> list[Plan]:
-    """Everything resident, the first capacity, everything resident on other traces and of the other router, then the
-    other capacities."""
+    """The first capacity, everything resident on each trace, the other router, then the other capacities."""
     resident = tuple((s, True) for s in args.schedulers)
     compared = tuple(run for run in resident if run[0] in COMPARED)
-    (main, *others), (trace, *more) = args.routers, args.traces
-
-    def all_resident(trace: str, router: str, seconds: float, runs: tuple[tuple[Policy, bool], ...]) -> list[Plan]:
-        return [Plan(trace, router, args.load, seconds, args.longest, 0, runs)] if runs else []
-
-    few = [Plan(trace, main, args.slots_load, args.slots_seconds, args.slots_longest, k, CACHED) for k in args.slots]
-    found = all_resident(trace, main, args.seconds, resident) + few[:1]
-    for other in more:
-        found += all_resident(other, main, args.seconds, resident)
-    for router in others:
-        found += all_resident(trace, router, args.slots_seconds, compared)
-    return found + few[1:]
+    main, *others = args.routers
+    few = [
+        Plan(args.slots_trace, main, args.slots_load, args.slots_seconds, args.slots_longest, k, CACHED)
+        for k in args.slots
+    ]
+    all_ = [Plan(trace, main, args.load, args.seconds, args.longest, 0, resident) for trace in args.traces]
+    all_ += [Plan(args.slots_trace, r, args.load, args.slots_seconds, args.longest, 0, compared) for r in others]
+    return [plan for plan in few[:1] + all_ + few[1:] if plan.runs]
 
 
 def saturated(server: Logging, args: argparse.Namespace, trace: list[Arrival], vocabulary: int, link: float) -> float:
@@ -152,7 +147,7 @@ def replay(results: Rows, args: argparse.Namespace, began: float) -> None:
         f"temporaries {server.served.temporaries() / 1e9:.1f} GB",
         flush=True,
     )
-    traces = {name: load_trace(args.data / f"azure_2023_{name}.jsonl.gz") for name in args.traces}
+    traces = {name: load_trace(args.data / f"azure_2023_{name}.jsonl.gz") for name in {*args.traces, args.slots_trace}}
     rates: dict[str, float] = {}
     for plan in plans(args):
         server.served.follow(scripts[plan.router])
@@ -185,10 +180,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="after which no run is begun")
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--rate", type=float, help="saturated requests a second; default: measured")
-    parser.add_argument("--traces", nargs="+", default=["conv"], choices=TRACES, help="after the first all resident")
+    parser.add_argument("--traces", nargs="*", default=["conv", "code"], choices=TRACES, help="with all resident")
     parser.add_argument("--routers", nargs="+", default=["label", "eq4"], choices=tuple(ROUTERS))
     parser.add_argument("--schedulers", nargs="*", default=["lookahead", *BASELINES], choices=SCHEDULERS)
     parser.add_argument("--slots", type=int, nargs="*", default=[3, 4, 2, 5], help="experts a layer on the device")
+    parser.add_argument("--slots_trace", default="conv", choices=TRACES)
     parser.add_argument("--slots_load", type=float, default=0.4)
     parser.add_argument("--slots_seconds", type=float, default=20, help="of a window; the other router's, too")
     parser.add_argument("--slots_longest", type=int, default=64, help="answer")

@@ -93,7 +93,7 @@ def attend_and_write(
         input_output_aliases={5: 3, 6: 4},
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name="decode_attention",
+        name=f"decode_attention_{heads}x{width}",  # as profiles show it
     )(positions, runs.astype(jnp.int32), qkv, cos, sin, keys, values)
     merged = pl.pallas_call(
         _merge_kernel,
@@ -101,7 +101,7 @@ def attend_and_write(
         out_shape=jax.ShapeDtypeStruct((heads, width, batch), qkv.dtype),
         compiler_params=triton.CompilerParams(num_warps=1),
         interpret=interpret,
-        name="merge_attention",
+        name=f"merge_attention_{heads}x{width}",
     )(out, total, largest)
     return rearrange(merged, "n h b -> (n h) b"), Cache((keys,), (values,))
 

@@ -74,7 +74,7 @@ def _run(weights: Sequence[Array], y: Array | Normed, add: Array | None, interpr
         out_shape=jax.ShapeDtypeStruct((size, columns.shape[1]), columns.dtype),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
         interpret=interpret,
-        name="matvec" if len(weights) == 1 else "gated_matvec",
+        name=f"{'matvec' if len(weights) == 1 else 'gated_matvec'}_{size}x{columns.shape[0]}",  # as profiles show it
     )(*weights, columns, *more)
 
 
