@@ -7,7 +7,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from _report import RESULTS, write_results
 
 Row = dict[str, Any]
+Job = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
+THREADS = 24  # candidates compiled at once
 CLOSE = 2**-6  # of the largest entry: sums in float32, factors and results in bfloat16
 
 
@@ -133,6 +136,26 @@ def compiled(lower: Callable[[], Any], about: str) -> Any:
     program = program.compile()
     print(f"{about}: compiled in {time.perf_counter() - lowered:.1f} s", flush=True)
     return program
+
+
+def compiled_in_threads(
+    jobs: Mapping[Any, Job], donated: tuple[int, ...] = (), options: dict[str, str | bool] | None = None
+) -> dict[Any, Any]:
+    """Programs by key, with `options` of the compiler; those that do not compile, as tiles that need too much shared
+    memory, are left out, with a line that says why."""
+
+    def build(job: Job) -> Any:
+        try:
+            return jax.jit(job[0], donate_argnums=donated).lower(*job[1]).compile(options)
+        except Exception as error:  # the others are still measured
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(jobs, pool.map(build, jobs.values()), strict=True))
+    for key, program in found.items():
+        if isinstance(program, Exception):
+            print({"failed": str(key), "why": str(program).strip().splitlines()[0][:200]}, flush=True)
+    return {key: program for key, program in found.items() if not isinstance(program, Exception)}
 
 
 def random_weights(abstract: Any, shardings: Any) -> Any:

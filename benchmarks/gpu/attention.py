@@ -11,20 +11,19 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import CLOSE, Rows, apart, copy_bandwidth, seconds_in_a_row
+from _measure import CLOSE, Rows, apart, compiled_in_threads, copy_bandwidth, seconds_in_a_row
 from einops import rearrange
 
 from readme_jax.serving.kernels import TENSOR_ROWS, TILES, Tiles, attend_and_write
 from readme_jax.serving.state import Cache
 
 WIDTH, HEADS, FILLED = 128, 32, 0.88
-LAYERS, THREADS = 8, 24
+LAYERS = 8
 SHAPES = {"llama": 32, "mistral": 8}  # kv heads
 
 
@@ -99,25 +98,10 @@ def measure(results: Rows, shape: str, batch: int, length: int, ragged: bool) ->
     qkv, angles = draw(((HEADS + 2 * kv) * WIDTH, batch)), jnp.ones((WIDTH // 2, batch), jnp.float32)
     positions = jnp.asarray(filled * length, jnp.int32)
     caches = [(draw((batch, kv, WIDTH, length)), draw((batch, kv, length, WIDTH))) for _ in range(LAYERS)]
-    known = candidates(kv)
-    lowered = [
-        jax.jit(functools.partial(layers, tiles), donate_argnums=2).lower(qkv, angles, caches, positions)
-        for tiles in known
-    ]
-
-    def build(each: Any) -> Any:
-        try:
-            return each.compile()
-        except Exception as error:  # too much shared memory: the others are still measured
-            return error
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        programs = list(pool.map(build, lowered))
+    arguments = (qkv, angles, caches, positions)
+    jobs = {tiles: (functools.partial(layers, tiles), arguments) for tiles in candidates(kv)}
     bytes_, found = 4 * kv * WIDTH * int(positions.sum()), []
-    for tiles, program in zip(known, programs, strict=True):
-        if isinstance(program, Exception):
-            print({"failed": str(tiles), "why": str(program).splitlines()[0][:200]}, flush=True)
-            continue
+    for tiles, program in compiled_in_threads(jobs, donated=(2,)).items():
 
         def call(program: Any = program) -> Any:
             nonlocal caches

@@ -23,23 +23,21 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _grouped_kernels import show_kernels, tune_kernels
-from _measure import Rows, copy_bandwidth, matmul_rate, seconds_in_a_row
+from _measure import Rows, apart, compiled_in_threads, copy_bandwidth, matmul_rate, seconds_in_a_row
 
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Backend, Expert, grouped_ffn, plan_routes
-from readme_jax.serving.decode import expert_columns, plan_rows
+from readme_jax.serving.decode import expert_columns, plan_rows, swiglu
 
 EXPERTS = 7
 BACKENDS = ("kernel", "decode", "masked", "static", "ragged", "mosaic")
 FEW_ROWS, LOOPS = 256, 20
-THREADS = 12  # programs compiled at once
 Array = jax.Array
 Function = Callable[[Array, list[Expert], Any], Array]  # rows [N, D], experts present, plan of routes -> [N, D]
 
@@ -64,7 +62,10 @@ def backend_of(name: str, routes: Array, present: int) -> tuple[Function, Any]:
         return jnp.concatenate(parts)
 
     def decode(x: Array, weights: list[Expert], plan: Any) -> Array:
-        return expert_columns(x.T, plan, weights, Runtime(segments="kernel")).T
+        runtime = Runtime(segments="kernel", decode="kernel")
+        if len(weights) == 1:
+            return swiglu(runtime, x.T, weights[0]).T
+        return expert_columns(x.T, plan, weights, runtime).T
 
     def mosaic(x: Array, weights: list[Expert], plan: Any) -> Array:
         from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
@@ -101,23 +102,6 @@ def repeated(function: Function) -> Function:
         return jax.lax.fori_loop(0, LOOPS, lambda _, x: x + 1e-3 * function(x, weights, plan), x)
 
     return loop
-
-
-def compiled_in_threads(jobs: dict[Any, tuple[Function, tuple[Any, ...]]]) -> dict[Any, Any]:
-    """Programs by key; those that do not compile are left out, with a line that says why."""
-
-    def build(job: tuple[Function, tuple[Any, ...]]) -> Any:
-        try:
-            return jax.jit(job[0]).lower(*job[1]).compile()
-        except Exception as error:  # of one back end or tile: the others are still measured
-            return error
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(jobs, pool.map(build, jobs.values()), strict=True))
-    for key, program in found.items():
-        if isinstance(program, Exception):
-            print({"failed": str(key), "why": str(program).strip().splitlines()[0][:200]}, flush=True)
-    return {key: program for key, program in found.items() if not isinstance(program, Exception)}
 
 
 def wanted(backend: str, rows: int, present: int, backward: bool) -> bool:
@@ -180,10 +164,7 @@ def check(results: Rows) -> None:
         with jax.default_matmul_precision("highest"):
             want = both("masked", *exact)
         errors = [
-            max(
-                float(jnp.abs(a - b).max() / jnp.abs(b).max())
-                for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True)
-            )
+            max(apart(a, b) for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True))
             for mine, theirs in zip(both("kernel", x, weights, direction), want, strict=True)
         ]
         results.add(case="agrees", width=width, own=own, dtype=dtype, value=errors[0], gradient=errors[1])

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import CLOSE, Rows, apart, copy_bandwidth, seconds_in_a_row
+from _measure import CLOSE, Rows, apart, compiled_in_threads, copy_bandwidth, seconds_in_a_row
 
 from readme_jax.serving.matvec import TILES, Tiles, gated, matvec
 from readme_jax.serving.programs import GPU_OPTIONS
 
-THREADS, BYTES = 24, 6 * 2**30  # of weights a case: far more than the caches hold
+BYTES = 6 * 2**30  # of weights a case: far more than the caches hold
 CASES = {  # outputs, inputs, weights
     "qkv": (12288, 4096, 1),
     "o": (4096, 4096, 1),
@@ -51,14 +50,6 @@ def layers(tiles: Tiles | None, weights: list[tuple[Any, ...]], y: Any) -> Any:
     return [run(*layer, y) for layer in weights]
 
 
-def build(lowered: Any) -> Any:
-    """A compiled program, or the error."""
-    try:
-        return lowered.compile(GPU_OPTIONS if jax.default_backend() == "gpu" else None)
-    except Exception as error:  # the others are still measured
-        return error
-
-
 def measure(results: Rows, case: str, columns: int) -> None:
     """A row a candidate."""
     out, inputs, count = CASES[case]
@@ -67,15 +58,10 @@ def measure(results: Rows, case: str, columns: int) -> None:
     keys = iter(jax.random.split(jax.random.key(0), 1000))
     weights = [tuple(draw(next(keys)) for _ in range(count)) for _ in range(max(BYTES // each, 2))]
     y = jax.random.normal(next(keys), (inputs, columns), jnp.bfloat16)
-    known = candidates()
-    lowered = [jax.jit(partial(layers, tiles)).lower(weights, y) for tiles in known]
-    with ThreadPoolExecutor(THREADS) as pool:
-        programs = list(pool.map(build, lowered))
+    jobs = {tiles: (partial(layers, tiles), (weights, y)) for tiles in candidates()}
+    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
     found = []
-    for tiles, program in zip(known, programs, strict=True):
-        if isinstance(program, Exception):
-            print({"failed": str(tiles), "why": str(program).splitlines()[0][:200]}, flush=True)
-            continue
+    for tiles, program in compiled_in_threads(jobs, options=options).items():
         if (error := apart(program(weights, y)[0], layers(None, weights[:1], y)[0])) > CLOSE:
             raise SystemExit(f"{case}, {tiles}: the kernel's product is {error:.3f} of the largest entry off")
         seconds = seconds_in_a_row(lambda program=program: program(weights, y))  # type: ignore[misc]

@@ -225,18 +225,19 @@ def _read(ref: Any, rows: Any, columns: Any, mask: Array | None) -> Array:
     """A tile: rows and columns are spans (`pl.ds`) or arrays of indices."""
     if mask is None:
         return ref[rows, columns]
-    return triton.load(ref.at[_indices(rows, columns)], mask=mask, other=0.0)
+    return triton.load(ref.at[entries(rows, columns)], mask=mask, other=0.0)
 
 
 def _write(ref: Any, rows: Any, columns: Any, value: Array, mask: Array | None) -> None:
     if mask is None:
         ref[rows, columns] = value
     else:
-        triton.store(ref.at[_indices(rows, columns)], value, mask=mask)
+        triton.store(ref.at[entries(rows, columns)], value, mask=mask)
 
 
-def _indices(*axes: Any) -> tuple[Array, ...]:
-    """Of every entry of a tile: the form that masked loads take without a GPU, too."""
+def entries(*axes: Any) -> tuple[Array, ...]:
+    """Indices of every entry of a tile, of spans (`pl.ds`) or arrays of indices: the form that masked loads and stores
+    take without a GPU, too."""
     each = [a.start + jnp.arange(a.size) if isinstance(a, pl.Slice) else a for a in axes]
     shape = tuple(a.shape[0] for a in each)
     return tuple(jax.lax.broadcast_in_dim(a, shape, (axis,)) for axis, a in enumerate(each))

@@ -111,15 +111,15 @@ def plan_rows(
     return Plan(slots, inverse, jnp.cumsum(size) - size, size, weights), runs
 
 
-def few(runtime: Runtime, columns: int) -> bool:
-    """Whether products of so many columns are our kernels'."""
+def few(runtime: Runtime, y: jax.Array | Normed) -> bool:
+    """Whether products of so few columns are our kernels'."""
+    columns = (y.x if isinstance(y, Normed) else y).shape[1]
     return runtime.decode == "kernel" and columns <= matvec.COLUMNS
 
 
 def times(runtime: Runtime, w: jax.Array, y: jax.Array | Normed, add: jax.Array | None = None) -> jax.Array:
     """w [N, D] @ y [D, B], [N, B], with `add` [N, B] added."""
-    x = y.x if isinstance(y, Normed) else y
-    if few(runtime, x.shape[1]):
+    if few(runtime, y):
         return matvec.matvec(w, y, add, interpret=jax.default_backend() == "cpu")
     out = w @ plain(y)
     return out if add is None else add + out
@@ -127,8 +127,7 @@ def times(runtime: Runtime, w: jax.Array, y: jax.Array | Normed, add: jax.Array 
 
 def swiglu(runtime: Runtime, y: jax.Array | Normed, w: Expert, add: jax.Array | None = None) -> jax.Array:
     """Feature-major SwiGLU, [D, N] -> [D, N], with `add` added."""
-    x = y.x if isinstance(y, Normed) else y
-    if few(runtime, x.shape[1]):
+    if few(runtime, y):
         h = matvec.gated(w.gate, w.up, y, interpret=jax.default_backend() == "cpu")
     else:
         y = plain(y)
@@ -153,10 +152,9 @@ def expert_columns(
 ) -> jax.Array:
     """The weighted sum of each column's experts, [D, B] -> [D, B].
 
-    `kernel` is prefill's; `blocks` runs each segment as matmuls over a static number of
-    columns, of which the spare ones are overwritten by the experts that follow; other back ends run every expert over
-    all columns. With `some`, the plan need not cover all columns: the rest belong to experts elsewhere and add nothing
-    here.
+    `kernel` is prefill's; `blocks` runs each segment as matmuls over a static number of columns, of which the spare
+    ones are overwritten by the experts that follow; other back ends run every expert over all columns. With `some`, the
+    plan need not cover all columns: the rest belong to experts elsewhere and add nothing here.
     """
     if runtime.segments == "kernel":
         pairs = kernel_pairs(y.T, plan.slots, plan.inverse, plan.size, list(experts))

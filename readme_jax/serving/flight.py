@@ -7,7 +7,7 @@ reported the row as missing without computing anything, and the token runs again
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -141,7 +141,7 @@ def plan_calls(batch: Batch, residency: Residency, longest: int) -> tuple[list[P
     at once, then prompts in pieces of at most `longest` tokens. Also the moves after the last one."""
     decodes = [c for c in batch.chunks if _decodes(c)]
     prompts = [c for c in batch.chunks if not _decodes(c)]
-    rest = [_in_order(c.sequence, c.start, c.start + c.count) for c in prompts]
+    rest = [(c.sequence, c.start, c.start + c.count) for c in prompts]
     calls = []
     while decodes:
         needs = [experts_in(c.mask) for c in decodes]
@@ -149,7 +149,7 @@ def plan_calls(batch: Batch, residency: Residency, longest: int) -> tuple[list[P
         experts = frozenset[int]().union(*(needs[i] for i in group))
         left = [i for i in range(len(decodes)) if i not in group]
         soon = sorted(frozenset[int]().union(*(needs[i] for i in left)))
-        moves = residency.bring(experts, _once(soon, *rest))
+        moves = residency.bring(experts, chain(soon, _in_order(*rest)))
         calls.append(Planned([decodes[i] for i in group], None, _given(residency, experts, residency.here), moves))
         decodes = [decodes[i] for i in left]
     for number, chunk in enumerate(prompts):
@@ -157,7 +157,7 @@ def plan_calls(batch: Batch, residency: Residency, longest: int) -> tuple[list[P
         while start < end:
             piece = _cut(chunk.sequence, start, min(end, start + longest), residency)
             start = piece.stop
-            moves = residency.bring(piece.experts, _once(_in_order(chunk.sequence, start, end), *rest[number + 1 :]))
+            moves = residency.bring(piece.experts, _in_order((chunk.sequence, start, end), *rest[number + 1 :]))
             calls.append(Planned([], piece, _given(residency, piece.experts), moves))
     return calls, residency.settle()
 
@@ -167,15 +167,13 @@ def _decodes(chunk: Chunk) -> bool:
     return chunk.count == 1 and chunk.sequence.primed
 
 
-def _in_order(sequence: Work, start: int, stop: int) -> list[int]:
-    """The experts of some tokens, those first that are used first."""
-    masks = sequence.masks[start:stop]
-    return sorted(experts_in(sequence.mask(start, stop - start)), key=lambda e: int((masks >> e & 1).argmax()))
-
-
-def _once(*experts: Iterable[int]) -> list[int]:
-    """Experts, each where it comes first."""
-    return list(dict.fromkeys(chain(*experts)))
+def _in_order(*tokens: tuple[Work, int, int]) -> Iterator[int]:
+    """The experts of tokens start .. stop of each sequence in turn, those first that are used first; worked out as they
+    are asked for, which is only where something streams."""
+    for sequence, start, stop in tokens:
+        masks = sequence.masks[start:stop]
+        first = {e: int((masks >> e & 1).argmax()) for e in experts_in(sequence.mask(start, stop - start))}
+        yield from sorted(first, key=first.__getitem__)
 
 
 def _cut(sequence: Work, start: int, stop: int, residency: Residency) -> Piece:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from readme_jax.models.attention import MASKED
+from readme_jax.models.grouped_gpu import entries
 from readme_jax.serving.state import Cache
 
 BLOCK = 64  # tokens; rows of the cache are whole blocks long
@@ -70,9 +71,9 @@ def attend_and_write(
     qkv = rearrange(qkv, "(n h) b -> n h b", h=width)
     heads = qkv.shape[0] - 2 * kv_heads
     group = heads // kv_heads
-    rows = tiles.rows if group == 1 else -(-group // TENSOR_ROWS) * TENSOR_ROWS
-    if group == 1 and width < 2 * TENSOR_ROWS:
-        rows = 1
+    rows = -(-group // TENSOR_ROWS) * TENSOR_ROWS
+    if group == 1:
+        rows = tiles.rows if width >= 2 * TENSOR_ROWS else 1
     step = math.gcd(length, tiles.block)
     share = max(pl.cdiv(tiles.programs, batch * kv_heads), pl.cdiv(length, tiles.tokens))
     share = min(length // step, share)
@@ -113,9 +114,9 @@ def _write_heads(ref: Any, at: tuple[Array, Array], first: Array, count: int, va
         ref[*at, pl.ds(first, count)] = values
         return
     axes = [first + jnp.arange(rows), *(jnp.arange(size) for size in values.shape[1:])]
-    places = [jax.lax.broadcast_in_dim(axis, values.shape, (i,)) for i, axis in enumerate(axes)]
+    places = ref.at[*at, *entries(*axes)]
     real = jax.lax.broadcast_in_dim(jnp.arange(rows) < count, values.shape, (0,))
-    triton.store(ref.at[*at, *places], values, mask=real)
+    triton.store(places, values, mask=real)
 
 
 def _merge_kernel(sums_ref: Any, total_ref: Any, largest_ref: Any, out_ref: Any) -> None:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from readme_jax.models.grouped_gpu import entries
+
 COLUMNS = 4  # most that are multiplied so; tensor cores take more
 Array = jax.Array
 
@@ -111,11 +113,11 @@ def _kernel(*refs: Any, rows: int, step: int, products: int, normed: bool, added
 
 def _tile(ref: Any, rows: Array, columns: Array, mask: Array | None) -> Array:
     """[rows, columns] of weights, zeros where `mask` says that a column does not exist."""
-    shape = (rows.shape[0], columns.shape[0])
-    at = tuple(jax.lax.broadcast_in_dim(x, shape, (i,)) for i, x in enumerate((rows, columns)))
+    at = ref.at[entries(rows, columns)]
     if mask is None:
-        return triton.load(ref.at[at])
-    return triton.load(ref.at[at], mask=jax.lax.broadcast_in_dim(mask, shape, (1,)), other=0.0)
+        return triton.load(at)
+    real = jax.lax.broadcast_in_dim(mask, (rows.shape[0], columns.shape[0]), (1,))
+    return triton.load(at, mask=real, other=0.0)
 
 
 def _vector(ref: Any, at: Array, mask: Array | None, column: int | None = None) -> Array:

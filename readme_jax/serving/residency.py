@@ -117,14 +117,14 @@ class Residency(Generic[S]):
                 union |= needs[i]
         return sorted(group)
 
-    def bring(self, experts: Experts, later: Sequence[int] = ()) -> Moves:
-        """Moves after which a call can have all of `experts`. What `later` calls of the step need, soonest first,
-        leaves last, what is used soonest last of all; before them residents."""
+    def bring(self, experts: Experts, later: Iterable[int] = ()) -> Moves:
+        """Moves after which a call can have all of `experts`. What `later` calls of the step need, soonest first and
+        possibly again, leaves last, what is used soonest last of all; before them residents."""
         if self.cache is None:
             return Moves()
         missing = sorted(experts - self.held, key=lambda e: (e not in self.resident, e))
         over = len(self.held) + len(missing) - self.store.slots - self.store.staging
-        keep, use = self._staying, {e: at for at, e in enumerate(later)}
+        keep, use = self._staying, {e: at for at, e in enumerate(dict.fromkeys(later))}
         spare = sorted(self.held - experts, key=lambda e: (-use.get(e, len(use)), e in keep, e))
         return self._move(spare[: max(over, 0)], missing)
 

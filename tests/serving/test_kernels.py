@@ -14,9 +14,8 @@ POSITIONS, RUNS = np.array([0, 130, 255]), np.array([True, True, False])
 
 
 def turned(x, position):
-    width = x.shape[-1]
     """Rotary embedding of [n, h] at a position, with frequencies 1 / (1 + i)."""
-    angle = position / (1 + np.arange(width // 2))
+    angle = position / (1 + np.arange(x.shape[-1] // 2))
     low, high = np.split(x, 2, axis=-1)
     return np.concatenate([low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], -1)
 
