@@ -13,7 +13,7 @@ from readme_jax.config import Validated
 from readme_jax.errors import ConfigError
 
 CPU_PROGRAMS = 64  # most programs compiled for serving
-GPU_PROGRAMS = 24
+GPU_PROGRAMS = 32
 SPANS = 6
 SHORTEST_PROMPT = 64  # tokens of the smallest compiled routing call; the next ones are four times as long
 ATTENDED = 256  # keys of the shortest attention; the next ones are four times as long

@@ -1,7 +1,8 @@
 """A call that runs span by span: its layers with other arrays of one program, then its end.
 
 Steps whose experts stream run this way, all calls of a step through one span before the next; so do prefill chunks
-where nothing streams, because one program for a few layers compiles in a fraction of the time of one for all.
+where nothing streams, because one program for a few layers compiles in a fraction of the time of one for all. A decode
+call where nothing streams is one program (`Programs.by_span` says where not).
 
 # B rows of a decode call, C tokens of a chunk, D model width
 """
@@ -29,8 +30,8 @@ Given = Sequence[Sequence[Expert]]  # an entry a layer: the arrays of the expert
 
 
 class Pass(ABC):
-    """Run each span in turn, then `finish`; or `whole`. `done` of a span is there when all before it has run; the
-    results are there after `finish`."""
+    """Run each span in turn, then `finish`; or `whole`. `done` of a span, or of all, is there when it and all before it
+    has run; the results are there after `finish`."""
 
     def __init__(self, programs: Programs, experts: Sequence[int]) -> None:
         self.programs = programs
@@ -93,12 +94,13 @@ class DecodePass(Pass):
         self.x = programs.blank(programs.config.embed_dim, self.rows)
 
     def whole(self, state: State, weights: Given) -> State:
-        """See `Pass.whole`; in one program where nothing streams."""
-        if not self.programs.store.resident:
+        """See `Pass.whole`."""
+        if self.programs.by_span:
             return super().whole(state, weights)
         program = self.programs.program("decode", self.rows, self.each)
         arguments = (self.programs.weights, weights, state, self.active, self.present, self.sampling)
         state, sampled = program(*arguments)
+        self.done = sampled.missing
         self._keep(sampled)
         return state
 

@@ -1,8 +1,9 @@
-"""A step's calls through the layers, span by span, while the experts of the next span arrive.
+"""A step's calls through the layers, span by span, while the experts of the next span arrive; where none comes or goes,
+call by call.
 
-All calls of a step go through one span before the next. A call's loads begin when the call before it has been
-dispatched, into places that earlier calls have left. So one span runs while the experts of the next one travel, and a
-place is never in use twice.
+Where experts stream, all calls of a step go through one span before the next. A call's loads begin when the call before
+it has been dispatched, into places that earlier calls have left. So one span runs while the experts of the next one
+travel, and a place is never in use twice.
 """
 
 from __future__ import annotations
@@ -64,10 +65,8 @@ class Streams:
         Yields before each wait for a call of this step: all of the step before has run by then, or soon will have.
         """
         store = self.residency.store
-        if self.residency.cache is None:
-            for each, call in zip(passes, calls, strict=True):
-                state = each.whole(state, store.present(call.given))
-            return state
+        if not any(moves.drop or moves.load for moves in (*(call.moves for call in calls), after)):
+            return self._still(state, passes, calls)
         decided, self._own = self.clock(), []
         for span in range(len(store.spans)):
             for each, call in zip(passes, calls, strict=True):
@@ -79,6 +78,16 @@ class Streams:
             yield from self._move(span, after)
         for each in passes:
             state = each.finish(state)
+        return state
+
+    def _still(self, state: State, passes: Sequence[Pass], calls: Sequence[Planned]) -> State:
+        """See `run`, of a step that neither drops nor loads."""
+        store = self.residency.store
+        for each, call in zip(passes, calls, strict=True):
+            state = each.whole(state, store.present(call.given))
+            self._last = each.done
+            for span in range(len(store.spans)):
+                store.used(span, each.done)
         return state
 
     def _move(self, span: int, moves: Moves, decided: float | None = None) -> Iterator[None]:

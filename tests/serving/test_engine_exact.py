@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import random
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pairwise import all_pairs, pairs_of, pairwise
 
 from readme_jax import config
 from readme_jax.serving.buckets import Limits
+from readme_jax.serving.programs import Programs
 from readme_jax.serving.request import Request, SamplingParams
 from readme_jax.serving.store import ExpertStore
 
@@ -43,6 +45,7 @@ FACTORS = {
     "ahead": [False, True],
     "budget": [5, 40],
     "scarce": [False, True],  # so few pages that sequences are preempted
+    "by_span": [True, False],  # how a decode call runs where nothing streams
 }
 CASES = pairwise(FACTORS, seed=5)
 
@@ -77,8 +80,9 @@ def check(bench: Any, chosen: dict[str, Any], seed: int) -> None:
     model, order = bench(KINDS[top_k]), rng.sample(range(REQUESTS), REQUESTS)
     arrivals = {i: rng.randrange(120) for i in order if i % 2}
     cancelled = {i: arrivals.get(i, 0) + rng.randrange(40) for i in order[::8]}
-    engine = model.engine(serving(**chosen))
-    assert model.check(engine, order, arrivals, cancelled) <= model.places
+    with patch.object(Programs, "by_span", chosen.pop("by_span")):
+        engine = model.engine(serving(**chosen))
+        assert model.check(engine, order, arrivals, cancelled) <= model.places
     assert (engine.stats().misses > 0) == (chosen["slots"] < EXPERTS)
 
 

@@ -301,7 +301,9 @@ def test_tokens_drawn_with_a_seed_do_not_depend_on_the_batch(served):
     assert len(set(alone)) > 3
 
 
-def test_programs_are_compiled_at_warm_up_and_none_later(tiny_model):
+@pytest.mark.parametrize("by_span", [True, False])
+def test_programs_are_compiled_at_warm_up_and_none_later(tiny_model, monkeypatch, by_span):
+    monkeypatch.setattr(Programs, "by_span", by_span)
     model = tiny_model("top2")
     programs = Programs(model, ExpertStore(model, slots=2, staging=1), Limits(2, 16, chunks=(8,), decode=(2,)))
     seen = []

@@ -9,7 +9,7 @@ import pytest
 
 from readme_jax.serving.expert_cache import ExpertCache
 from readme_jax.serving.flight import Planned
-from readme_jax.serving.residency import Residency
+from readme_jax.serving.residency import Moves, Residency
 from readme_jax.serving.streams import Streams
 
 SPANS = 3
@@ -25,6 +25,7 @@ class Told:
         self.log: list[Any] = []
         self.here: set[Any] = set()  # what has arrived or ended
         self.calls = 0
+        self.left: dict[int, Any] = {}  # what each span was last used by
 
     def clear(self) -> None:
         self.log.append("clear")
@@ -36,7 +37,7 @@ class Told:
         self.log.append(("drop", span, expert))
 
     def used(self, span: int, done: Any) -> None:
-        """Known from `run`."""
+        self.left[span] = done
 
     @property
     def fence(self) -> int | None:
@@ -46,7 +47,7 @@ class Told:
     def arrays(self, span: int, expert: int) -> Any:
         return (span, expert)
 
-    def present(self, experts: Any, span: int) -> Any:
+    def present(self, experts: Any, span: int | None = None) -> Any:
         return (span, tuple(experts))
 
     def ready(self, what: Any) -> bool:
@@ -64,6 +65,9 @@ class Told:
         self.calls += 1
         self.log.append(("run", *given))
         return state
+
+    def whole(self, state: Any, given: Any) -> Any:
+        return self.run(state, *given[:1], given)
 
     def finish(self, state: Any) -> Any:
         self.log.append("finish")
@@ -110,10 +114,20 @@ def test_on_demand_a_load_waits_for_the_call_before_and_its_call_for_the_load() 
     ]  # fmt: skip
 
 
-def test_a_step_without_loads_waits_for_nothing() -> None:
+def test_a_step_without_loads_runs_call_by_call_and_waits_for_nothing() -> None:
     streams, told = made()
-    assert list(dispatched(streams, told, frozenset({0, 1}))) == []
-    assert told.log == [*(("run", i, (0, 1)) for i in range(SPANS)), "finish"]
+    assert list(dispatched(streams, told, frozenset({0, 1}), frozenset({1}))) == []
+    assert told.log == [("run", None, (0, 1)), ("run", None, (1,))]
+    assert told.left == {span: 1 for span in range(SPANS)}, "every span's places wait for the last call"
+
+
+def test_a_step_that_only_drops_goes_through_the_spans() -> None:
+    """What one step brought in passing leaves with the next, whose calls need no load."""
+    streams, told = made()
+    residency = streams.residency
+    planned = [Planned([], None, (0,), residency.bring(frozenset({0})))]
+    list(streams.run(SimpleNamespace(), [told], planned, Moves(drop=(1,))))  # type: ignore[arg-type]
+    assert told.log == [each for i in range(SPANS) for each in (("run", i, (0,)), ("drop", i, 1))] + ["finish"]
 
 
 def test_a_step_pauses_before_it_waits_for_a_call_of_its_own() -> None:
