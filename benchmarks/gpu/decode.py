@@ -7,7 +7,8 @@ Random bf16 weights, seven experts of half the feed-forward width that own their
           limit: the larger of what its bytes take at the copy bandwidth and its FLOPs at the matmul rate of the run.
           A chain of steps, none of which is read: results/gpu_decode.json
   split   kernels' time by router, attention, feed-forward, sampling (from a profile): results/gpu_decode_split.json
-  gap     a step of the engine, its loop included, over a step of the chain: the same file
+  gap     a step of the engine, its loop included, over a step of the chain, and that chain span by span, as steps run
+          that something streams in, with the seconds until all is dispatched: the same file
   slots   the engine with k experts a layer on the device: memory and tokens a second: results/gpu_decode_slots.json
 """
 
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -43,8 +45,10 @@ from readme_jax.models.runtime import runtime_for
 from readme_jax.models.sizes import forward_flops
 from readme_jax.parallel.mesh import make_mesh
 from readme_jax.serving.buckets import Limits
+from readme_jax.serving.passes import DecodePass, Given, Pass
 from readme_jax.serving.programs import Programs
 from readme_jax.serving.sampling import Samplings
+from readme_jax.serving.state import State
 from readme_jax.serving.store import ExpertStore
 from readme_jax.serving.traffic import load_streams
 
@@ -54,6 +58,7 @@ TOKENS = 65536  # of all rows' caches together
 CONTEXT, FILLED = 1024, 0.88  # tokens of a row at most, and how much of them is in the cache
 STEPS = 30
 PEER_ROWS = 32  # most rows of a step of transformers: the caches of more do not fit beside our process
+Whole = Callable[[DecodePass, State, Given], State]
 SCOPES = ("route", "attention", "feed_forward", "sample")
 
 
@@ -69,8 +74,9 @@ class Steps:
         self.programs, self.batch = programs, programs.limits.rows
         self.position = int(FILLED * programs.limits.length)
 
-    def chain(self, experts: np.ndarray) -> Any:
-        """run(steps) of rows whose tokens run `experts` [B]: dispatched one after another, then waited for."""
+    def chain(self, experts: np.ndarray, whole: Whole = DecodePass.whole) -> Any:
+        """run(steps) of rows whose tokens run `experts` [B]: dispatched one after another, then waited for. Returns the
+        seconds until the last one was dispatched."""
         p, present = self.programs, sorted(set(experts.tolist())) if self.programs.shape.top_k else []
         weights, sampling, active = p.store.present(present), Samplings.greedy(self.batch), np.ones(self.batch, bool)
         kx = p.shape.top_k
@@ -78,12 +84,15 @@ class Steps:
         position = jnp.full(self.batch, self.position, jnp.int32)
         state = p.new_state()
 
-        def run(steps: int) -> Any:
+        def run(steps: int) -> float:
             nonlocal state
+            began = time.perf_counter()
             for _ in range(steps):
                 state = replace(state, experts=jnp.copy(routes), position=jnp.copy(position))
-                state, _ = p.decode(state, active, present, weights, sampling)
-            return jax.block_until_ready(state)
+                state = whole(p.decode_pass(active, present, sampling), state, weights)
+            dispatched = time.perf_counter() - began
+            jax.block_until_ready(state)
+            return dispatched
 
         return run
 
@@ -93,13 +102,17 @@ class Steps:
 
     def seconds(self, experts: np.ndarray) -> float:
         """Of a step."""
-        run, times = self.chain(experts), []
+        return self.both_seconds(experts)[0]
+
+    def both_seconds(self, experts: np.ndarray, whole: Whole = DecodePass.whole) -> tuple[float, float]:
+        """Of a step, and of its dispatch."""
+        run, times = self.chain(experts, whole), []
         run(3)
         for _ in range(5):
             began = time.perf_counter()
-            run(STEPS)
-            times.append((time.perf_counter() - began) / STEPS)
-        return statistics.median(times)
+            dispatched = run(STEPS)
+            times.append(((time.perf_counter() - began) / STEPS, dispatched / STEPS))
+        return statistics.median(t for t, _ in times), statistics.median(d for _, d in times)
 
 
 def limit_of(c: ModelConfig, batch: int, position: int, experts: int, bandwidth: float, rate: float) -> float:
@@ -241,9 +254,13 @@ def gap(results: Rows, served: Served) -> None:
     wall, outside = float(np.mean(times)), engine.stats().overhead
     chain = Steps(served.programs)
     chain.position = 64 + 256
-    device = chain.seconds(np.zeros(served.programs.limits.rows, np.int64))
+    routes = np.zeros(served.programs.limits.rows, np.int64)
+    device, dispatch = chain.both_seconds(routes)
+    spans, their_dispatch = chain.both_seconds(routes, Pass.whole)
     ms = {"wall_ms": 1e3 * wall, "median_ms": 1e3 * statistics.median(times), "longest_ms": 1e3 * max(times)}
-    results.add(part="gap", batch=1, **ms, chain_ms=1e3 * device, outside_calls=outside, gap=(wall - device) / wall)
+    ms |= {"chain_ms": 1e3 * device, "dispatch_ms": 1e3 * dispatch}
+    ms |= {"spans_ms": 1e3 * spans, "spans_dispatch_ms": 1e3 * their_dispatch}
+    results.add(part="gap", batch=1, **ms, outside_calls=outside, gap=(wall - device) / wall)
 
 
 def slots(results: Rows, served: Served, rows: int) -> None:

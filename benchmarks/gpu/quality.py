@@ -217,10 +217,10 @@ def predicted(name: str, tokens: int, fresh: bool, compiled: bool) -> float:
 
 
 def at_best_rate(rows: list[Row]) -> list[Row]:
-    """Of one recipe and budget the rows of the rate whose mean over seeds is lowest."""
-    by_rate: dict[float, list[Row]] = {}
+    """Of one recipe and budget the rows of the rate and warm-up whose mean over seeds is lowest."""
+    by_rate: dict[tuple[float, int], list[Row]] = {}
     for row in rows:
-        by_rate.setdefault(row["lr"], []).append(row)
+        by_rate.setdefault((row["lr"], row.get("warmup", 0)), []).append(row)
     return min(by_rate.values(), key=lambda found: np.mean([row["geo_mean"] for row in found]))
 
 
@@ -266,6 +266,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0], help="ExpertStage.share of `best`, a row")
     parser.add_argument("--distills", type=float, nargs="+", default=[0.0], help="ExpertStage.distill of `best`, a row")
     parser.add_argument("--warmup", type=int, default=0, help="steps of the expert stage at a rising rate")
+    spec = "RECIPE:TOKENS:SEED:RATE:SHARE:WARMUP"
+    parser.add_argument("--rows", nargs="+", type=row_of, metavar=spec, help="these rows and no others")
     parser.add_argument("--data", default=str(CORPUS), help="folder of domains")
     parser.add_argument("--gin_param", action="append", default=[], help="binding for all recipes")
     parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
@@ -274,10 +276,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def row_of(text: str) -> Wanted:
+    """A row of `--rows`."""
+    recipe, tokens, seed, lr, share, warmup = text.split(":")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe}: one of {', '.join(RECIPES)}")
+    return Wanted(recipe, int(float(tokens)), int(seed), float(lr), float(share), 0.0, int(warmup))
+
+
 def rows_wanted(args: argparse.Namespace) -> list[Wanted]:
     """What is asked for and not yet measured, each recipe's default rates first."""
     done = {key_of(row) for name in {MAIN, args.name} for row in held(name)}
-    asked = [
+    asked = args.rows or [
         Wanted(name, tokens, seed, float(f"{factor * rate_of(name, tokens):.2g}"), share, distill, args.warmup)
         for name in args.recipes
         for share in (args.shares if name == "best" else [0.0])
