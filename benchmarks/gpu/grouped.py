@@ -14,6 +14,7 @@ batch.
 Up to 512 rows a forward pass takes less than its launch from the host: there LOOPS of them follow one another in one
 program, each of which adds a little of its result to the next one's rows. Before anything is timed, the kernels' values
 and gradients are checked on this GPU. `--tune` measures each kernel of a pass alone over tiles instead, best first.
+`--name gpu_grouped_0` writes a result of its own; `--merge gpu_grouped_0` adds its rows to gpu_grouped.json.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _grouped_kernels import show_kernels, tune_kernels
-from _measure import Rows, apart, compiled_in_threads, copy_bandwidth, matmul_rate, seconds_in_a_row
+from _measure import Row, Rows, apart, compiled_in_threads, copy_bandwidth, matmul_rate, merge, seconds_in_a_row
 
 from readme_jax.models.runtime import Runtime
 from readme_jax.models.segments import Backend, Expert, grouped_ffn, plan_routes
 from readme_jax.serving.decode import expert_columns, plan_rows, swiglu
 
+MAIN = "gpu_grouped"
 EXPERTS = 7
 BACKENDS = ("kernel", "decode", "masked", "static", "ragged", "mosaic")
 FEW_ROWS, LOOPS = 256, 20
@@ -190,6 +192,12 @@ def tune(rows: int, weights: list[Expert], backward: bool) -> None:
     tune_kernels(x, plan, weights, backward, compiled_in_threads)
 
 
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What a row is of."""
+    about = ("case", "width", "backend", "pass", "rows", "experts")
+    return tuple(str(row.get(name, "")) for name in about[:4]) + tuple(row.get(name, 0) for name in about[4:])
+
+
 def main() -> None:
     """Measure and write results/gpu_grouped.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,7 +210,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140, help="after which no further number of rows is begun")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--widths", type=int, nargs=2, default=[4096, 5504], help="model and expert; for a quick look")
+    parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
+    parser.add_argument("--merge", nargs="+", metavar="NAME", help="add the rows of these results to the main ones")
     args = parser.parse_args()
+    if args.merge:
+        merge(MAIN, args.merge, key_of)
+        return
     began = time.perf_counter()
     width, own = args.widths
     keys = iter(jax.random.split(jax.random.key(0), 3 * EXPERTS))
@@ -211,7 +224,7 @@ def main() -> None:
         return 0.02 * jax.random.normal(next(keys), shape, jnp.bfloat16)
 
     weights = [Expert(matrix(own, width), matrix(own, width), matrix(width, own)) for _ in range(EXPERTS)]
-    results = Rows("gpu_grouped")
+    results = Rows(args.name)
     check(results)
     if not args.tune:
         results.tell(copy_bandwidth=copy_bandwidth(), matmul_rate=matmul_rate())
