@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _model import EXPERTS, compile_side_by_side, marks, model_of, scripted
+from _model import EXPERTS, marks, model_of, scripted
 
 from readme_jax import config
 from readme_jax.checkpoints.mixture import Mixture
@@ -46,7 +46,7 @@ class Served:
         self.programs = Programs(self.model, store, limits, self.runtime)
         self._engine: weakref.ref[Engine] | None = None
         self._check_room()
-        compile_side_by_side(self.programs, lambda key: True)
+        self.programs.warm_up()
         self.costs = measure(Caller(self.programs, residency_of(store, self.settings("decode_first"))))
 
     def follow(self, experts: np.ndarray) -> None:
@@ -84,7 +84,7 @@ class Served:
         )
         self.programs.store = store
         self._check_room()
-        compile_side_by_side(self.programs, lambda key: True)
+        self.programs.warm_up()
         residency = residency_of(store, settings)
         costs = Costs(self.costs.fixed, self.costs.token, self.costs.expert, residency.load_seconds or 0.0)
         scheduler = make_scheduler(settings.scheduler, settings.budget, costs, store.num_experts)

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24, help="with 24 and 4096 tokens 88 GB")
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
     parser.add_argument("--longest", type=int, default=512, help="answer")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 2048])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")

@@ -13,7 +13,7 @@ from readme_jax.config import Validated
 from readme_jax.errors import ConfigError
 
 CPU_PROGRAMS = 64  # most programs compiled for serving
-GPU_PROGRAMS = 32
+GPU_PROGRAMS = 48
 SPANS = 6
 SHORTEST_PROMPT = 64  # tokens of the smallest compiled routing call; the next ones are four times as long
 ATTENDED = 256  # keys of the shortest attention; the next ones are four times as long
@@ -102,13 +102,13 @@ class Limits(Validated):
 def limits_for(rows: int, length: int, chunk: int, platform: str) -> Limits:
     """Limits of a cache for prefill calls of at most `chunk` tokens, within a platform's bound on programs.
 
-    On CPU a padded row or token costs as much as a real one; other platforms take fewer, coarser sizes.
+    On CPU a padded row or token costs as much as a real one; other platforms take fewer, coarser sizes of decode calls.
     """
     chunk = min(chunk, length)
     if platform == "cpu":
         return Limits(rows, length, chunks=doublings(chunk, min(16, chunk), 4))
-    few = {"decode": (8, rows), "chunks": (64, chunk), "prompts": (512, length)}
-    return Limits(rows, length, **{name: sizes if sizes[0] < sizes[1] else sizes[1:] for name, sizes in few.items()})
+    decode, prompts = ((least, most) if least < most else (most,) for least, most in ((8, rows), (512, length)))
+    return Limits(rows, length, doublings(chunk, max(64, -(-chunk // 32))), decode, prompts)
 
 
 @cache

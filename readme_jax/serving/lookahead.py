@@ -14,8 +14,6 @@ from readme_jax.serving.work import Batch, Room, Sequence, mask_from
 
 EXHAUSTIVE = 6  # missing experts up to which every set of them is scored
 SIZES = 6  # amounts of prefill that are scored
-AHEAD = 1.5  # times the prefill that keeps rows as they are, while all is resident
-LEAST = 1.5  # times the tokens at which arithmetic hides reading weights: the least prefill then
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,9 @@ class Lookahead:
     max(compute, missing experts x load time). The best ratio wins. Chunks of prompts are cut where the route leaves the
     set, shortest remaining prompt first, with ageing.
 
-    Where every expert is resident there is no set to choose: every decode runs, and only the amount of prefill is
-    open. Small steps serve decodes best while there are many of them, large ones waste least on a backlog of prompts.
-    So as many tokens of prompts join as keep all rows decoding: the prompt tokens of what decodes, over the tokens it
-    has got so far, times the sequences that hold a row or can have one; at least so many that arithmetic hides reading
-    weights.
+    Where every expert is resident there is no set to choose, and a step takes all that its budget allows. Prompts go
+    before decodes: a chunk that is cut short for the sake of a few tokens costs a call more, and whoever waits for a
+    first token waits longest. After `stall` seconds without a token decodes go first, once.
 
     The bound. A sequence that has not run for `patience` seconds is overdue, and the next tokens of overdue sequences
     go first, those of the one that waits longest deciding experts that must be in the set. While the budget is at
@@ -51,7 +47,8 @@ class Lookahead:
     patience: float = 10.0  # seconds
     ageing: float = 0.5  # seconds of waiting that double a token's weight
     prefill_weight: float = 0.05  # of a prompt's token against a decode's
-    seniority: float = 0.2  # seconds of prefill that a prompt gains on the others in each second it waits
+    seniority: float = 0.05  # seconds of prefill that a prompt gains on the others in each second it waits
+    stall: float = 0.1  # seconds that decodes stand behind prompts
 
     def pick(self, sequences: Iterable[Sequence], resident: frozenset[int], now: float, room: Room) -> Batch:
         """See `Scheduler.pick`."""
@@ -62,40 +59,28 @@ class Lookahead:
         overdue = [s for s in decodes + prompts if now - s.last_run >= self.patience]
         overdue.sort(key=lambda s: (s.last_run, s.arrival, s.id))
         forced = overdue[0].next_mask if overdue else 0
-        mask, prefill = mask_from(resident), 0
+        mask, prefill, stand_back = mask_from(resident), 0, False
         if len(resident) >= self.experts:
-            prefill = self._steady(decodes, prompts)
+            prefill = self.budget
+            stand_back = all(now - s.last_run < self.stall for s in decodes)
         elif prompts or any(s.next_mask & ~mask for s in decodes):  # else there is nothing to choose
             mask, prefill = _Queue(self, decodes, prompts, now).best(mask, forced)
         overdue = [s for s in overdue if not s.next_mask & ~mask]
         decodes = [s for s in decodes if not s.next_mask & ~mask]
         filling = Filling(min(self.budget, max(len(decodes) + prefill, len(overdue))), room)
-        self._fill(filling, overdue, decodes, prompts, mask)
+        self._fill(filling, overdue, prompts + decodes if stand_back else decodes + prompts, mask)
         return filling.batch()
 
-    def _steady(self, decodes: list[Sequence], prompts: list[Sequence]) -> int:
-        """Tokens of prompts to run beside all decodes, with every expert resident."""
-        if not decodes or not prompts:
-            return self.budget
-        made = sum(s.known - s.prompt for s in decodes)
-        steady = AHEAD * sum(s.prompt for s in decodes) / max(made, 1) * (len(decodes) + len(prompts))
-        return int(min(max(steady, LEAST * self.costs.balance(self.experts)), self.budget))
-
-    def _fill(
-        self, filling: Filling, overdue: list[Sequence], decodes: list[Sequence], prompts: list[Sequence], mask: int
-    ) -> None:
-        """The overdue, a token at least for each, then decodes, then prompts."""
+    def _fill(self, filling: Filling, overdue: list[Sequence], order: list[Sequence], mask: int) -> None:
+        """The overdue, a token at least for each, then the others in order, as far as `mask` has their experts."""
         done = set()
         for place, sequence in enumerate(overdue):
             others = len(overdue) - place - 1
             if filling.add(sequence, min(sequence.run_within(mask, self.experts), filling.left - others)):
                 done.add(sequence.id)
-        for sequence in decodes:
+        for sequence in order:
             if sequence.id not in done:
-                filling.add(sequence, 1)
-        for sequence in prompts:
-            if sequence.id not in done:
-                filling.add(sequence, sequence.run_within(mask, self.experts))
+                filling.add(sequence, 1 if sequence.decoding else sequence.run_within(mask, self.experts))
 
     def _in_order(self, prompts: list[Sequence], rows: int, now: float) -> list[Sequence]:
         """Prompts that have a row or can get one: the overdue by arrival, then short ones first, with ageing."""

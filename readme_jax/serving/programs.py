@@ -10,7 +10,9 @@ before the last one's tokens are read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -222,12 +224,15 @@ class Programs:
         return self.program("copy")(state, np.int32(source), np.int32(target), np.int32(length))
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Compile every program; returns how many there are. `progress(done, total)` is called after each."""
+        """Compile every program, on a GPU side by side; returns how many there are. `progress(done, total)` is called
+        after each."""
         keys = self._all()
-        for done, key in enumerate(keys, start=1):
-            self.program(*key)
-            if progress is not None:
-                progress(done, len(keys))
+        with ThreadPoolExecutor(1 if self.platform == "cpu" else os.cpu_count()) as pool:
+            compiling = [pool.submit(self.program, *key) for key in keys]
+            for done, each in enumerate(as_completed(compiling), start=1):
+                each.result()
+                if progress is not None:
+                    progress(done, len(keys))
         return len(keys)
 
     def kept(self, array: np.ndarray | jax.Array) -> jax.Array:

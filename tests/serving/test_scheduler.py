@@ -159,16 +159,18 @@ def test_lookahead_runs_everything_when_everything_is_resident() -> None:
     assert len(batch.chunks) == 10
 
 
-@pytest.mark.parametrize(("prompt", "made", "small"), [(8, 200, True), (400, 4, False)])
-def test_lookahead_with_all_resident_takes_the_prefill_that_keeps_rows_decoding(prompt, made, small) -> None:
-    """Long answers to short prompts: small steps, that decode often. Long prompts, short answers: large ones."""
-    decodes = [sequence(i, [0] * (prompt + made + 1), prompt=prompt, computed=prompt + made) for i in range(20)]
-    waiting = [sequence(100 + i, [1] * 3000) for i in range(4)]
-    batch = Lookahead(8192, COSTS, EXPERTS).pick([*decodes, *waiting], frozenset(range(EXPERTS)), 0.0, Room(4))
-    assert {c.sequence.id for c in batch.chunks} >= set(range(20))
-    assert (batch.tokens < 1000) is small
-    alone = Lookahead(8192, COSTS, EXPERTS).pick(waiting, frozenset(range(EXPERTS)), 0.0, Room(4))
-    assert alone.tokens == 8192  # nobody to keep waiting
+def test_lookahead_with_all_resident_lets_prompts_go_first_until_a_decode_has_stood_still_too_long() -> None:
+    decodes = [decode(i, i % EXPERTS) for i in range(20)]
+    alive = [*decodes, *(sequence(100 + i, [1] * 3000) for i in range(4))]
+
+    def ids(budget: int, now: float) -> set[int]:
+        batch = Lookahead(budget, COSTS, EXPERTS, stall=0.1).pick(alive, frozenset(range(EXPERTS)), now, Room(4))
+        assert batch.tokens == min(budget, 12_020)
+        return {c.sequence.id for c in batch.chunks}
+
+    assert ids(6000, 0.05) == {100, 101}, "whole prompts, no decode beside them"
+    assert ids(6000, 0.1) == {*range(20), 100, 101}
+    assert ids(20_000, 0.05) == {*range(20), *range(100, 104)}, "the budget has room for all"
 
 
 def test_lookahead_with_many_missing_experts_considers_nested_sets() -> None:
