@@ -140,6 +140,7 @@ def measure(results: Rows, args: argparse.Namespace, rows: int, weights: list[Ex
             ratio=took / base,
             us=1e6 * took,
             over_bytes=took * results.about["copy_bandwidth"] / bytes_,
+            copy_bandwidth=results.about["copy_bandwidth"],
             temp_mb=program.memory_analysis().temp_size_in_bytes / 2**20,
         )
 

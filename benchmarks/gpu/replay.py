@@ -9,8 +9,9 @@ on the other router's routes. With fewer experts on the device (`--slots`) `look
 windows, which loading on demand can follow.
 
 Rows are batching.json's, with how long a run's steps took over the larger of compute (by costs measured here) and
-transfer. Results are written after every run. Several processes write results of their own, `--name gpu_replay_0` and
-`_1`; `--merge gpu_replay_0 gpu_replay_1` adds their rows to gpu_replay.json.
+transfer of all of them (`over_limit`), and over the sum of each step's larger one (`over_steps`). Results are written
+after every run. Several processes write results of their own, `--name gpu_replay_0` and `_1`; `--merge gpu_replay_0
+gpu_replay_1` adds their rows to gpu_replay.json.
 """
 
 from __future__ import annotations
@@ -60,12 +61,20 @@ class Logging:
     def __init__(self, served: Served) -> None:
         self.served, self.log = served, list[Logged]()
         self.last: Engine | None = None
+        self.loaded: list[int] = []  # bytes so far, after each step
 
     def engine(self, settings: config.Serving, log: list[Logged]) -> Engine:
         """An engine in the place of the last one, see `Served.engine`."""
         self.log, self.last = log, None
-        self.last = self.served.engine(settings, log)
-        return self.last
+        self.last = engine = self.served.engine(settings, log)
+        self.loaded, store = [engine._caller.residency.store.bytes_loaded], engine._caller.residency.store
+
+        def told(step: Logged) -> None:
+            log.append(step)
+            self.loaded.append(store.bytes_loaded)
+
+        engine._loop.log = told
+        return engine
 
 
 def window(trace: list[Arrival], count: int, seed: int, length: int, vocabulary: int, longest: int) -> list[Ask]:
@@ -88,13 +97,15 @@ def run(server: Logging, asks: list[Ask], settings: config.Serving, stretch: flo
     costs, store = server.served.costs, server.last._caller.residency.store
     tokens = np.array([sum(count for _, _, count in step.chunks) for step in server.log])
     busy = sum(step.seconds for step in server.log)
-    compute = float(np.sum(costs.compute(tokens, np.full(len(tokens), found["unique_experts"]))))
-    transfer = store.bytes_loaded / link
+    computes = costs.compute(tokens, np.full(len(tokens), found["unique_experts"]))
+    compute, transfer = float(np.sum(computes)), store.bytes_loaded / link
+    steps = float(np.sum(np.maximum(computes, np.diff(server.loaded) / link)))
     return found | {
         "steps_seconds": busy,
         "compute_seconds": compute,
         "transfer_seconds": transfer,
         "over_limit": busy / max(compute, transfer),
+        "over_steps": busy / steps,
         "throughput": sum(ask.output for ask in asks) / found["seconds"],
         "predicted_bytes": footprint(server.served.programs).most,
         "in_use_bytes": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0),

@@ -111,7 +111,7 @@ class Programs:
     @property
     def by_span(self) -> bool:
         """Whether a decode call runs span by span even where nothing streams: on CPU calls cost nothing, and spans
-        compile in a third of the time; on a GPU a step is faster as one call."""
+        compile in a third of the time; on a GPU steps that are dispatched ahead are faster as one call."""
         return not self.store.resident and self.platform == "cpu"
 
     def new_state(self) -> State:

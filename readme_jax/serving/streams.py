@@ -1,5 +1,5 @@
 """A step's calls through the layers, span by span, while the experts of the next span arrive; where none comes or goes,
-call by call.
+call by call, but on demand.
 
 Where experts stream, all calls of a step go through one span before the next. A call's loads begin when the call before
 it has been dispatched, into places that earlier calls have left. So one span runs while the experts of the next one
@@ -65,7 +65,8 @@ class Streams:
         Yields before each wait for a call of this step: all of the step before has run by then, or soon will have.
         """
         store = self.residency.store
-        if not any(moves.drop or moves.load for moves in (*(call.moves for call in calls), after)):
+        moving = any(moves.drop or moves.load for moves in (*(call.moves for call in calls), after))
+        if self.residency.cache is None or (self.residency.prefetch and not moving):
             return self._still(state, passes, calls)
         decided, self._own = self.clock(), []
         for span in range(len(store.spans)):

@@ -149,7 +149,9 @@ def test_too_few_slots_for_a_token_are_refused(tiny_model):
         ExpertStore(tiny_model("top1")).drop(0, 0)
 
 
-@pytest.mark.parametrize("rows, length, chunk", [(1, 16, 16), (16, 2048, 256), (64, 2048, 256), (256, 8192, 1024), (64, 8192, 3000)])
+@pytest.mark.parametrize(
+    "rows, length, chunk", [(1, 16, 16), (16, 2048, 256), (64, 2048, 256), (256, 8192, 1024), (64, 8192, 3000)]
+)
 @pytest.mark.parametrize("experts, top_k", [(0, 0), (1, 1), (7, 1), (7, 2), (16, 2)])
 def test_limits_stay_within_a_platforms_programs(rows, length, chunk, experts, top_k):
     for platform, most in (("cpu", CPU_PROGRAMS), ("gpu", GPU_PROGRAMS)):

@@ -121,6 +121,13 @@ def test_a_step_without_loads_runs_call_by_call_and_waits_for_nothing() -> None:
     assert told.left == {span: 1 for span in range(SPANS)}, "every span's places wait for the last call"
 
 
+def test_on_demand_every_step_goes_through_the_spans() -> None:
+    """Steps that are not dispatched ahead take longer as one call (docs/performance.md)."""
+    streams, told = made(prefetch=False)
+    step(streams, told, frozenset({0, 1}))
+    assert told.log == [*(("run", i, (0, 1)) for i in range(SPANS)), "finish"]
+
+
 def test_a_step_that_only_drops_goes_through_the_spans() -> None:
     """What one step brought in passing leaves with the next, whose calls need no load."""
     streams, told = made()
