@@ -120,6 +120,9 @@ def test_grouped_kernels_in_the_docs():
         for cell, column in zip(cells, columns, strict=True):
             row = held.get((int(rows), name.replace("forward and backward", "forward_backward"), *column))
             assert cell == (f"{row['ratio']:.2f}" if row else ""), (rows, name, column)
+    for rows, *cells in table("rows of a decode step", PERFORMANCE):
+        found = [held[int(rows), "forward", experts, "decode"]["over_bytes"] for experts in (1, 4, 7)]
+        assert cells == [f"{each:.2f}" for each in found], rows
 
 
 def test_gpu_training_and_slots_in_the_docs():
@@ -185,12 +188,17 @@ def test_hit_ratios():
 
 def test_replay_in_the_docs():
     held = results("gpu_replay")["rows"]
-    rows = {r["scheduler"]: r for r in held if r["resident"] == "all" and r["router"] == "label"}
+    rows = {
+        (r["trace"], r["scheduler"], r["requests"]): r
+        for r in held
+        if r["resident"] == "all" and r["router"] == "label"
+    }
     names = {"Algorithm 1": "algorithm1"}
-    shown = table("scheduler | mean, ms a token", PERFORMANCE)
-    assert len(shown) == len(rows) == 4
-    for name, mean, p95, first, experts in shown:
-        row = rows[names.get(name, name.replace("-", "_"))]
+    shown = [("conv", name, "156", *cells) for name, *cells in table("scheduler | mean, ms a token", PERFORMANCE)]
+    shown += [("code", *cells) for cells in table("scheduler | requests", PERFORMANCE)]
+    assert len(shown) == len(rows) == 10
+    for trace, name, requests, mean, p95, first, experts in shown:
+        row = rows[trace, names.get(name, name.replace("-", "_")), int(requests)]
         assert (mean, p95) == (f"{1e3 * row['mean']:.1f}", f"{1e3 * row['p95']:.1f}"), name
         assert (first, experts) == (f"{row['p99_ttft']:.2f}", f"{row['unique_experts']:.1f}"), name
 
