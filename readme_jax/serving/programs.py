@@ -10,7 +10,6 @@ before the last one's tokens are read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -44,6 +43,7 @@ from readme_jax.serving.store import ExpertStore
 GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
 }
+COMPILED_AT_ONCE = 16  # programs, on a GPU; XLA on a CPU has threads of its own
 KEPT = 256  # small inputs of calls that are kept on the device
 WHOLE = PartitionSpec()
 Program = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...], Any]  # with arguments, donated ones, result specs
@@ -227,7 +227,7 @@ class Programs:
         """Compile every program, on a GPU side by side; returns how many there are. `progress(done, total)` is called
         after each."""
         keys = self._all()
-        with ThreadPoolExecutor(1 if self.platform == "cpu" else os.cpu_count()) as pool:
+        with ThreadPoolExecutor(1 if self.platform == "cpu" else COMPILED_AT_ONCE) as pool:
             compiling = [pool.submit(self.program, *key) for key in keys]
             for done, each in enumerate(as_completed(compiling), start=1):
                 each.result()
