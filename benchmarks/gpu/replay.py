@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ from readme_jax.serving.scheduler import Policy
 from readme_jax.serving.traffic import Arrival, load_streams, load_trace
 
 MAIN = "gpu_replay"
-ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "load", "requests")  # what a row is of
+ABOUT = ("router", "trace", "capacity", "prefetch", "scheduler", "load", "requests", "budget")  # what a row is of
 SHOWN = ("mean", "p95", "p99_ttft", "loads", "over_limit", "throughput")
 FULL = 48  # requests of the queue that the rate is measured with
 CACHED: tuple[tuple[Policy, bool], ...] = (("lookahead", True), ("decode_first", False), ("decode_first", True))
@@ -177,6 +178,7 @@ def replay(results: Rows, args: argparse.Namespace, began: float) -> None:
                 print(f"{args.minutes} minutes: {plan} was not run to its end", flush=True)
                 return
             settings = server.served.settings(scheduler, plan.slots, args.staging, prefetch)
+            settings = replace(settings, budget=args.budget or settings.budget)
             held = {"resident": "slots" if plan.slots else "all", "capacity": plan.slots or EXPERTS}
             found = run(server, asks, settings, stretch, link)
             held |= {"prefetch": prefetch, "scheduler": scheduler, "budget": settings.budget}
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens a row")
     parser.add_argument("--longest", type=int, default=512, help="answer")
     parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--budget", type=int, help="tokens a step; default: the longest chunk")
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default=MAIN, help="of the results, where not the main ones")
