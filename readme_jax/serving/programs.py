@@ -225,14 +225,17 @@ class Programs:
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Compile every program, on a GPU side by side; returns how many there are. `progress(done, total)` is called
-        after each."""
+        after each; what it raises, or an interrupt, ends it after those that are being compiled."""
         keys = self._all()
-        with ThreadPoolExecutor(1 if self.platform == "cpu" else COMPILED_AT_ONCE) as pool:
+        pool = ThreadPoolExecutor(1 if self.platform == "cpu" else COMPILED_AT_ONCE)
+        try:
             compiling = [pool.submit(self.program, *key) for key in keys]
             for done, each in enumerate(as_completed(compiling), start=1):
                 each.result()
                 if progress is not None:
                     progress(done, len(keys))
+        finally:
+            pool.shutdown(cancel_futures=True)
         return len(keys)
 
     def kept(self, array: np.ndarray | jax.Array) -> jax.Array:

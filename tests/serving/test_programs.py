@@ -329,6 +329,18 @@ def test_programs_are_compiled_at_warm_up_and_none_later(tiny_model, monkeypatch
     jax.monitoring.clear_event_listeners()
 
 
+def test_an_interrupted_warm_up_compiles_no_further(tiny_model):
+    model = tiny_model("top1")
+    programs = Programs(model, ExpertStore(model), Limits(2, 16, chunks=(8,), decode=(2,)))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        programs.warm_up(interrupt)
+    assert 1 <= programs.compilations <= 3 < programs.planned
+
+
 def pointers(state) -> list[int]:
     return [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state.layers, state.router))]
 
