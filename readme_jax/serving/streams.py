@@ -65,8 +65,7 @@ class Streams:
         Yields before each wait for a call of this step: all of the step before has run by then, or soon will have.
         """
         store = self.residency.store
-        moving = any(moves.drop or moves.load for moves in (*(call.moves for call in calls), after))
-        if self.residency.cache is None or (self.residency.prefetch and not moving):
+        if self.residency.cache is None or (self.residency.prefetch and not _any_moves(calls, after)):
             return self._still(state, passes, calls)
         decided, self._own = self.clock(), []
         for span in range(len(store.spans)):
@@ -122,3 +121,8 @@ class Streams:
             if seconds is not None and self.clock() - since >= seconds / len(store.spans):
                 self.foreseen += len(experts)
                 self.late += sum(not store.ready(arrays) for arrays in experts)
+
+
+def _any_moves(calls: Sequence[Planned], after: Moves) -> bool:
+    """Whether a step drops or loads an expert."""
+    return any(moves.drop or moves.load for moves in (*(call.moves for call in calls), after))
